@@ -1,0 +1,231 @@
+"""Every setting of a run: frozen, flat (Flower's run config holds only scalars), checked once at the door.
+
+A preset is a TOML file of these keys. The same file works for `fedtune simulate FILE` and for
+`flwr run . --run-config FILE`; `[tool.flwr.app.config]` in pyproject.toml repeats the defaults
+(a test keeps the two equal). Names follow the papers: K, eps, lr, server_lr, local_steps (tau, T), client_fraction (m).
+Unset is "" for text and 0 for numbers, since Flower's run config has no null.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
+
+Scalar = bool | int | float | str
+
+
+class RunConfig(BaseModel):
+    """One run. Construct with `RunConfig.load`, `RunConfig.from_mapping` or keyword arguments.
+
+    Raises:
+        UnknownSettingError: a key that does not exist.
+        ContradictionError: two settings that exclude each other.
+        ConfigError: a value out of range or of the wrong type.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    # ------------------------------------------------------------------ the method
+    algorithm: Literal["fedkseed", "fedkseed-pro", "ferret"] = Field(
+        "fedkseed", description="fedkseed, fedkseed-pro (arXiv 2312.06353) or ferret (arXiv 2409.06277)"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="names every random stream of the run")
+    rounds: int = Field(10, ge=1, le=1_000_000, description="server rounds")
+    clients: int = Field(8, ge=1, le=1_000_000, description="clients in the federation (nodes to wait for in a deployment)")
+    client_fraction: float = Field(0.5, gt=0, le=1, description="share of the clients asked each round (m in the papers)")
+    clients_per_round: int = Field(0, ge=0, description="number asked each round; 0: from client_fraction")
+    local_steps: int = Field(50, ge=1, description="optimisation steps per client and round (tau in FedKSeed, T in Ferret)")
+    batch_size: int = Field(1, ge=1, description="samples per step (micro-batch for Ferret)")
+    lr: float = Field(3e-5, gt=0, description="local learning rate (eta)")
+    weighting: Literal["examples", "equal"] = Field(
+        "examples", description="weight of a client's update: by number of samples, or equal"
+    )
+    K: int = Field(
+        1024, ge=2, le=65536,
+        description="fedkseed: candidate seeds in the pool; ferret: coordinates that a client sends in a round",
+    )
+    # ------------------------------------------------------------------ fedkseed
+    eps: float = Field(5e-4, gt=0, description="half the distance between the two evaluations of a step")
+    # ------------------------------------------------------------------ ferret
+    server_lr: float = Field(1.0, gt=0, description="step of the server along the reconstructed update (1: as measured)")
+    anneal: Literal["none", "linear", "cosine"] = Field("none", description="schedule of server_lr over the rounds")
+    momentum: float = Field(0.0, ge=0, lt=1, description="ferret: server momentum on the coordinates (fixed pool only)")
+    accumulate: int = Field(1, ge=1, description="ferret: micro-batches per step (n_accum)")
+    clip_norm: float = Field(0.0, ge=0, description="ferret: gradient norm above which a local step is scaled down; 0: off")
+    pool_size: int = Field(0, ge=0, le=65536, description="ferret: most coordinates one block can get; 0: chosen from K")
+    blocks: Literal["auto", "one", "grouped", "tensor"] = Field(
+        "auto", description="parameters that share coefficients: auto is one for fedkseed and grouped for ferret"
+    )
+    allocation: Literal["norm-sqrt-size", "norm", "uniform"] = Field(
+        "norm-sqrt-size", description="ferret: how K is divided over blocks (the paper uses norm)"
+    )
+    reconstruction: Literal["unbiased", "shrunken"] = Field(
+        "unbiased", description="ferret: scale 1/K_l (unbiased, the paper) or 1/(K_l + d_l) (least error)"
+    )
+    # ------------------------------------------------------------------ directions
+    family: Literal["hadamard", "rademacher", "gaussian", "torch"] = Field(
+        "hadamard", description="rule from seed to direction; gaussian is the papers' distribution"
+    )
+    pool_every: int = Field(0, ge=0, description="rounds after which a fresh pool is drawn; 0: one pool for the run")
+    # ------------------------------------------------------------------ wire
+    coefficient_bits: int = Field(8, ge=2, le=24, description="bits per coefficient on the way down")
+    scalar_bits: Literal[16, 32] = Field(16, description="bits per scalar gradient or coordinate on the way up")
+    # ------------------------------------------------------------------ model
+    model: str = Field("embedded", description="folder, hub name, or 'embedded' (ships with fedtune)")
+    revision: str = Field("", description="revision of a hub model")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of the weights")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: 1 below 20 M parameters, else all cores")
+    # ------------------------------------------------------------------ data
+    data: str = Field("embedded", description="JSON, JSONL or Parquet file, hub:NAME, or 'embedded'")
+    instruction_column: str = Field("instruction", description="column with the instruction")
+    input_column: str = Field("input", description="column with the optional input; '' for none")
+    output_column: str = Field("output", description="column with the response that is trained on")
+    category_column: str = Field("category", description="column that partition and held-out category refer to")
+    template: Literal["alpaca", "fedkseed", "chat", "plain"] = Field(
+        "alpaca", description="how a sample becomes a prompt: alpaca, fedkseed (its official code's sentence), "
+        "chat (the tokenizer's template) or plain"
+    )
+    max_length: int = Field(256, ge=8, description="tokens of prompt and response together")
+    # ------------------------------------------------------------------ partition
+    partition: Literal["iid", "dirichlet", "column", "quantity"] = Field(
+        "iid", description="iid, dirichlet (label skew), column (one value of category_column a client), quantity skew"
+    )
+    dirichlet_alpha: float = Field(0.5, gt=0, description="concentration of dirichlet and quantity; smaller is more skewed")
+    min_samples: int = Field(10, ge=1, description="fewest usable samples a client may get")
+    holdout: float = Field(0.1, ge=0, lt=1, description="share of the rows held out for evaluation")
+    holdout_category: str = Field("", description="hold out all rows of this category instead")
+    holdout_file: str = Field("", description="evaluate on this file instead")
+    # ------------------------------------------------------------------ evaluation
+    eval_every: int = Field(1, ge=0, description="evaluate every n rounds (always before the first and after the last); 0: only those")
+    eval_samples: int = Field(0, ge=0, description="held-out samples to use; 0: all")
+    eval_batch_size: int = Field(16, ge=1, description="samples per evaluation batch (changes no result)")
+    generate_samples: int = Field(0, ge=0, description="held-out samples to generate for ROUGE-L and exact match; 0: none")
+    max_new_tokens: int = Field(128, ge=1, description="longest generated response")
+    # ------------------------------------------------------------------ the run
+    out: str = Field("", description="run folder; '': runs/<preset>-<date>-<time>")
+    round_timeout: float = Field(3600.0, gt=0, description="seconds a client has for one round")
+    wait_timeout: float = Field(600.0, gt=0, description="seconds to wait for enough clients to connect")
+
+    # ------------------------------------------------------------------ construction
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Check `values` (from TOML, Flower or the command line) and return the frozen config.
+
+        Raises:
+            ConfigError: or one of its subclasses, naming the key, the value and the fix.
+        """
+        unknown = sorted(set(values) - set(cls.model_fields))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], list(cls.model_fields), n=1, cutoff=0.5)
+            hint = f" Did you mean '{near[0]}'?" if near else " `fedtune simulate --help-settings` lists them."
+            raise UnknownSettingError(f"There is no setting '{unknown[0]}'.{hint}", key=unknown[0], nearest=near)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "settings"
+            raise ConfigError(f"Setting '{key}' = {first['input']!r}: {first['msg']}.", key=key, value=first["input"]) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read a preset (TOML, flat) and apply `overrides`; relative paths stay relative to the working directory."""
+        source = Path(path)
+        try:
+            values = tomllib.loads(source.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"There is no preset '{source}'. Give a TOML file or a name from `fedtune presets`.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"Preset '{source}' cannot be read: {error}.") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"Preset '{source}' is not valid TOML: {error}.") from None
+        return cls.from_mapping({**values, **(overrides or {})})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.clients_per_round > self.clients:
+            raise ContradictionError(
+                f"clients_per_round = {self.clients_per_round} but there are only {self.clients} clients: "
+                "lower clients_per_round or raise clients.",
+                clients_per_round=self.clients_per_round, clients=self.clients,
+            )
+        if self.holdout_category and self.holdout_file:
+            raise ContradictionError("holdout_category and holdout_file exclude each other: keep one of them.")
+        if self.algorithm == "ferret":
+            if self.momentum and self.pool_every:
+                raise ContradictionError(
+                    "momentum adds coordinates of successive rounds, so it needs one pool: set pool_every = 0 or momentum = 0."
+                )
+        else:
+            for key in ("momentum", "pool_size"):
+                if getattr(self, key):
+                    raise ContradictionError(f"{key} belongs to ferret, not to {self.algorithm}: remove it.", key=key)
+            if self.anneal != "none" or self.server_lr != 1.0:
+                raise ContradictionError(
+                    f"server_lr and anneal belong to ferret, not to {self.algorithm}: "
+                    "its model is w0 - lr * sum A_k z_k by definition."
+                )
+        if self.max_new_tokens > 100_000:
+            raise ContradictionError("max_new_tokens above 100,000 is surely a mistake.")
+        return self
+
+    # ------------------------------------------------------------------ derived values
+
+    @property
+    def asked_per_round(self) -> int:
+        """Number of clients asked in each round, at least 1: `clients_per_round`, or int(client_fraction * clients)."""
+        return self.clients_per_round or max(1, int(self.client_fraction * self.clients))
+
+    @property
+    def pool_refresh(self) -> bool:
+        """Whether the run draws more than one pool."""
+        return self.pool_every > 0
+
+    def as_mapping(self) -> dict[str, Scalar]:
+        """All settings as a flat mapping of scalars, in the order of declaration."""
+        return dict(self.model_dump())
+
+    def replace(self, **changes: Scalar) -> Self:
+        """A checked copy with `changes` applied."""
+        return self.from_mapping({**self.as_mapping(), **changes})
+
+    def with_absolute_paths(self, root: Path | None = None) -> Self:
+        """A copy whose local paths are absolute, with environment variables expanded, for processes that start elsewhere."""
+        base = root or Path.cwd()
+        changes: dict[str, Scalar] = {}
+        for key in ("model", "data", "holdout_file", "out"):
+            value = expand(getattr(self, key))
+            local = value not in ("", "embedded") and not value.startswith("hub:") and (key != "model" or (base / value).exists())
+            changes[key] = str((base / value).resolve()) if local else value
+        return self.replace(**changes)
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def expand(text: str) -> str:
+    """Expand `${NAME}` and `${NAME:-default}` from the environment, and a leading `~`.
+
+    Raises:
+        ConfigError: a variable that is neither set nor has a default.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            raise ConfigError(f"'{text}' needs the environment variable {name}, which is not set.", name=name)
+        return found
+
+    return os.path.expanduser(_VARIABLE.sub(value, text))

@@ -1,0 +1,96 @@
+"""What a family of directions is: the contract between the method and the kernels.
+
+A family maps (pool seed, k, position) to a value z_k[p], and to nothing else: not device, dtype, chunk or thread count.
+E[z z^T] = I over pool seeds. Positions come from `fedtune.layout`: element i of a tensor is at `entry.origin + i`.
+
+A family works on contiguous 1-D float32 numpy arrays, a run of positions p0 .. p0+m-1 at a time; `engine.py` cuts
+tensors of any dtype, device and layout into such runs. A kernel for another device is a sibling of the CPU one
+(cpu.py now; a Triton one later) that gives the same values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.errors import DirectionsError
+from fedtune.layout import Layout
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+MAX_POOL = 65536
+
+
+@dataclass(frozen=True)
+class Pool:
+    """K candidate seeds: the family that turns them into directions, and the 64-bit seed that names the pool.
+
+    `candidates` is used by the family `torch` only: the literal seeds of the official codes (drawn from the pool seed
+    when empty).
+    """
+
+    family: str
+    seed: int
+    size: int
+    candidates: tuple[int, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= MAX_POOL:
+            raise DirectionsError(f"A pool has 1 to {MAX_POOL} seeds, not {self.size}: lower K.", size=self.size)
+        if self.candidates and len(self.candidates) != self.size:
+            raise DirectionsError(f"The pool has {self.size} seeds but {len(self.candidates)} candidates were given.")
+
+    @property
+    def identity(self) -> bytes:
+        """8 bytes that differ between any two different pools; goes into every message."""
+        text = f"{self.family} {self.seed} {self.size} {','.join(map(str, self.candidates))}"
+        return hashlib.sha256(text.encode()).digest()[:8]
+
+
+class Family(ABC):
+    """The rule from seed to direction. Stateless apart from what is derived from the pool and the layout."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    """Values are +1 or -1, so sums of grid coefficients are exact in float32 and equal on every device."""
+    fast_combine: ClassVar[bool]
+    """The cost of `combine` and `project` does not grow with K, so a replica is rebuilt rather than copied."""
+
+    def __init__(self, pool: Pool, layout: Layout) -> None:
+        self.pool, self.layout = pool, layout
+
+    @abstractmethod
+    def add(self, out: F32, base: F32, p0: int, k: int, c: float) -> None:
+        """out[i] = base[i] + float32(c) * z_k[p0 + i], all in float32, one product and one sum each; out may be base."""
+
+    @abstractmethod
+    def combine(self, out: F32, base: F32, p0: int, coefficients: F32) -> None:
+        """out[i] = base[i] + (sum_k coefficients[k] * z_k[p0 + i]); the sum first, in float32, then one addition.
+
+        `coefficients` is float32 [K]. out may be base.
+        """
+
+    @abstractmethod
+    def project(self, delta: F32, p0: int, wanted: npt.NDArray[np.bool_] | None) -> F64:
+        """float64 [K]: sum_i delta[i] * z_k[p0 + i], zero where not `wanted` (bool [K]; None: all).
+
+        The order of summation is fixed by p0 and len(delta), never by the number of threads.
+        """
+
+
+def make_family(pool: Pool, layout: Layout) -> Family:
+    """The family called `pool.family`.
+
+    Raises:
+        DirectionsError: no such family (the message names those there are).
+    """
+    from fedtune.directions.families import FAMILIES
+
+    if pool.family not in FAMILIES:
+        raise DirectionsError(f"There is no family '{pool.family}': use one of {', '.join(FAMILIES)}.", family=pool.family)
+    return FAMILIES[pool.family](pool, layout)
