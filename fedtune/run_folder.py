@@ -1,0 +1,254 @@
+"""The folder of one run: what it holds, written so that a crash, a full disk or a NaN never leaves a file that lies.
+
+    config.json        {"asked": preset and overrides as given, "used": every setting of the run}
+    versions.json      versions of fedtune, Python and the libraries that results depend on
+    partition.json     which rows each client got
+    metrics.jsonl      one JSON object a round, round 0 is the base model; a number that is not finite is null
+    summary.json       the end of the run: before and after, bytes, digest
+    coefficients.bin   the tuned model as coefficients over the base model
+
+Whole files appear atomically (temporary file, fsync, rename). metrics.jsonl grows by one flushed line at a time; a last
+line that a crash tore is ignored when read and cut off by the next append.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from fedtune.config import RunConfig
+from fedtune.errors import RunFolderError
+
+CONFIG = "config.json"
+VERSIONS = "versions.json"
+PARTITION = "partition.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+COEFFICIENTS = "coefficients.bin"
+
+_LIBRARIES = ("fedtune", "torch", "transformers", "tokenizers", "flwr", "numpy", "numba", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An existing run folder. Make one with `RunFolder.create`, read one with `RunFolder.open`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | Path, asked: Mapping[str, Any], config: RunConfig) -> Self:
+        """Make the folder (parents too) with config.json and versions.json.
+
+        Raises:
+            RunFolderError: the folder exists already, or cannot be made.
+        """
+        folder = Path(path)
+        check_new(folder)
+        with _explained(folder, "made"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                raise _exists(folder) from None
+        run = cls(folder)
+        run.write_json(VERSIONS, versions())
+        run.write_json(CONFIG, {"asked": dict(asked), "used": config.as_mapping()})
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The run folder at `path`. Raises RunFolderError if it is missing or is not a run folder."""
+        folder = Path(path)
+        if not folder.exists():
+            raise RunFolderError(f"There is no run folder '{folder}': give the folder that `fedtune simulate` printed.")
+        if not (folder / CONFIG).is_file():
+            raise RunFolderError(f"'{folder}' is not a run folder: it has no {CONFIG}. Give the folder of a run.")
+        return cls(folder)
+
+    # ------------------------------------------------------------------ writing
+
+    def write_json(self, name: str, obj: Any, *, null_for_nan: bool = False) -> None:
+        """Write `obj` as `name`, atomically. Tuples become lists, numpy and torch values numbers and paths text.
+
+        Raises:
+            RunFolderError: a number is not finite (and `null_for_nan` is false), `obj` is not JSON, or the disk refuses.
+        """
+        self.write_bytes(name, _encode(name, obj, null_for_nan, indent=2))
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write `data` as `name`, atomically: a reader sees the old file or the new one, also after a power cut."""
+        target = self._file(name)
+        temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
+        with _explained(target, "written"):
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+                _sync_folder(self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append `row` to metrics.jsonl, flushed to the disk; a number that is not finite is written as null."""
+        target = self._file(METRICS)
+        line = _encode(METRICS, row, null_for_nan=True, indent=None)
+        with _explained(target, "written"):
+            _cut_torn_line(target)
+            with target.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+
+    # ------------------------------------------------------------------ reading
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl in order, [] before the first. A torn last line is left out.
+
+        Raises:
+            RunFolderError: a line that is not the last is damaged.
+        """
+        target = self._file(METRICS)
+        if not target.exists():
+            return []
+        with _explained(target, "read"):
+            lines = target.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never finished
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise RunFolderError(f"Line {number} of '{target}' is damaged: restore the file or delete the line.") from None
+        return rows
+
+    def read_json(self, name: str) -> Any:
+        """The content of the JSON file `name`. Raises RunFolderError if it is missing or damaged."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError:
+            raise RunFolderError(f"'{self.path / name}' is damaged, not JSON: restore it from a copy.", name=name) from None
+
+    def read_bytes(self, name: str) -> bytes:
+        """The content of the file `name`. Raises RunFolderError if it is missing."""
+        target = self._file(name)
+        with _explained(target, "read"):
+            try:
+                return target.read_bytes()
+            except FileNotFoundError:
+                raise RunFolderError(
+                    f"Run folder '{self.path}' has no {name}: the run stopped before it was written, so run it again.",
+                    name=name,
+                ) from None
+
+    def config(self) -> RunConfig:
+        """The settings that the run used. Raises RunFolderError if config.json has none."""
+        stored = self.read_json(CONFIG)
+        used = stored.get("used") if isinstance(stored, dict) else None
+        if not isinstance(used, dict):
+            raise RunFolderError(f"'{self.path / CONFIG}' has no settings under 'used': '{self.path}' is not a run folder.")
+        return RunConfig.from_mapping(used)
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json. Raises RunFolderError if the run did not finish."""
+        found = self.read_json(SUMMARY)
+        if not isinstance(found, dict):
+            raise RunFolderError(f"'{self.path / SUMMARY}' is not a summary: restore it from a copy.")
+        return found
+
+    def _file(self, name: str) -> Path:
+        if not name or Path(name).name != name:
+            raise RunFolderError(f"'{name}' is not a plain file name: files of a run lie directly in its folder.", name=name)
+        return self.path / name
+
+
+def check_new(path: str | Path) -> None:
+    """Raise RunFolderError if there is anything at `path`, so that a run can refuse before it loads a model."""
+    if os.path.lexists(path):
+        raise _exists(Path(path))
+
+
+def versions() -> dict[str, str]:
+    """Versions of fedtune, Python and the libraries that results depend on, and the machine's kind."""
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def _exists(folder: Path) -> RunFolderError:
+    return RunFolderError(f"'{folder}' exists already: give another folder with --out, or remove it.", path=str(folder))
+
+
+@contextmanager
+def _explained(target: Path, verb: str) -> Iterator[None]:
+    """Turn an error of the operating system at `target` into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = f"'{target}' could not be {verb}: the disk is full. Free some space or give a folder elsewhere with --out."
+        else:
+            reason = error.strerror or type(error).__name__
+            text = f"'{target}' could not be {verb}: {reason}. Check its permissions, or give another folder with --out."
+        raise RunFolderError(text, path=str(target), errno=error.errno) from error
+
+
+def _encode(name: str, obj: Any, null_for_nan: bool, indent: int | None) -> bytes:
+    """`obj` as JSON and a newline. Raises RunFolderError for what JSON cannot hold."""
+    try:
+        text = json.dumps(_plain(obj, null_for_nan), indent=indent, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RunFolderError(f"{name} was not written: {error}. Nothing in the run folder changed.", name=name) from None
+    return (text + "\n").encode()
+
+
+def _plain(value: Any, null_for_nan: bool) -> Any:
+    """`value` in the types of JSON. Raises ValueError for a number that is not finite, TypeError for other types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, null_for_nan) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, null_for_nan) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, str | int | float | None) and hasattr(value, "tolist"):
+        return _plain(value.tolist(), null_for_nan)
+    if isinstance(value, float) and not math.isfinite(value):
+        if null_for_nan:
+            return None
+        raise ValueError(f"it holds a number that is not finite ({value})")
+    return value
+
+
+def _cut_torn_line(target: Path) -> None:
+    """Cut off what follows the last newline of `target`: a line that a crash left unfinished."""
+    if not target.exists():
+        return
+    with target.open("r+b") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            file.truncate(whole)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system lets folders be opened."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
