@@ -50,7 +50,9 @@ class RunConfig(BaseModel):
         "examples", description="weight of a client's update: by number of samples, or equal"
     )
     K: int = Field(
-        1024, ge=2, le=65536,
+        1024,
+        ge=2,
+        le=65536,
         description="fedkseed: candidate seeds in the pool; ferret: coordinates that a client sends in a round",
     )
     # ------------------------------------------------------------------ fedkseed
@@ -93,8 +95,9 @@ class RunConfig(BaseModel):
     output_column: str = Field("output", description="column with the response that is trained on")
     category_column: str = Field("category", description="column that partition and held-out category refer to")
     template: Literal["alpaca", "fedkseed", "chat", "plain"] = Field(
-        "alpaca", description="how a sample becomes a prompt: alpaca, fedkseed (its official code's sentence), "
-        "chat (the tokenizer's template) or plain"
+        "alpaca",
+        description="how a sample becomes a prompt: alpaca, fedkseed (its official code's sentence), "
+        "chat (the tokenizer's template) or plain",
     )
     max_length: int = Field(256, ge=8, description="tokens of prompt and response together")
     # ------------------------------------------------------------------ partition
@@ -107,7 +110,9 @@ class RunConfig(BaseModel):
     holdout_category: str = Field("", description="hold out all rows of this category instead")
     holdout_file: str = Field("", description="evaluate on this file instead")
     # ------------------------------------------------------------------ evaluation
-    eval_every: int = Field(1, ge=0, description="evaluate every n rounds (always before the first and after the last); 0: only those")
+    eval_every: int = Field(
+        1, ge=0, description="evaluate every n rounds (always before the first and after the last); 0: only those"
+    )
     eval_samples: int = Field(0, ge=0, description="held-out samples to use; 0: all")
     eval_batch_size: int = Field(16, ge=1, description="samples per evaluation batch (changes no result)")
     generate_samples: int = Field(0, ge=0, description="held-out samples to generate for ROUGE-L and exact match; 0: none")
@@ -158,7 +163,8 @@ class RunConfig(BaseModel):
             raise ContradictionError(
                 f"clients_per_round = {self.clients_per_round} but there are only {self.clients} clients: "
                 "lower clients_per_round or raise clients.",
-                clients_per_round=self.clients_per_round, clients=self.clients,
+                clients_per_round=self.clients_per_round,
+                clients=self.clients,
             )
         if self.holdout_category and self.holdout_file:
             raise ContradictionError("holdout_category and holdout_file exclude each other: keep one of them.")
@@ -206,7 +212,9 @@ class RunConfig(BaseModel):
         changes: dict[str, Scalar] = {}
         for key in ("model", "data", "holdout_file", "out"):
             value = expand(getattr(self, key))
-            local = value not in ("", "embedded") and not value.startswith("hub:") and (key != "model" or (base / value).exists())
+            local = (
+                value not in ("", "embedded") and not value.startswith("hub:") and (key != "model" or (base / value).exists())
+            )
             changes[key] = str((base / value).resolve()) if local else value
         return self.replace(**changes)
 

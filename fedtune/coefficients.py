@@ -1,0 +1,107 @@
+"""What a fine-tuned model is besides its base: whole numbers on a power-of-two grid, for each pool of the run.
+
+    w = w0 + sum over pools of sum_l sum_k (q[l,k] * 2^e[l]) z[l,k]
+
+The grid is what makes the model the same everywhere: with +-1 directions and sum_k |q[l,k]| <= 2^24 every partial sum is
+exact in float32, in any order and on any device. It is also the wire format. The server accumulates in float64 and
+publishes the rounded values, so rounding errors do not add up over the rounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.directions.base import F32, F64, Pool
+from fedtune.errors import NonFiniteError
+
+I32 = npt.NDArray[np.int32]
+EXACT_SUM = 2**24  # the largest whole number up to which float32 counts exactly
+MIN_EXPONENT, MAX_EXPONENT = -120, 100  # sums of coefficients stay normal float32 numbers
+
+
+@dataclass(frozen=True, eq=False)
+class PoolCoefficients:
+    """The coefficients of one pool: C[l, k] = q[l, k] * 2^exponents[l].
+
+    Attributes:
+        pool: whose directions they multiply.
+        q: int32 [L, K].
+        exponents: int32 [L], each in MIN_EXPONENT .. MAX_EXPONENT, zero for a block without coefficients.
+    """
+
+    pool: Pool
+    q: I32
+    exponents: I32
+
+    @cached_property
+    def values(self) -> F32:
+        """float32 [L, K], exact."""
+        return np.ldexp(self.q.astype(np.float32), self.exponents[:, None]).astype(np.float32)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the pool changes nothing."""
+        return not self.q.any()
+
+    @cached_property
+    def identity(self) -> bytes:
+        """32 bytes over the pool and the coefficients."""
+        state = hashlib.sha256(self.pool.identity)
+        state.update(np.ascontiguousarray(self.q, dtype="<i4").data)
+        state.update(np.ascontiguousarray(self.exponents, dtype="<i4").data)
+        return state.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """All pools of a model in order; the last one may still be open (its run goes on), those before are final."""
+
+    pools: tuple[PoolCoefficients, ...]
+
+    def digest(self, fingerprint: bytes) -> bytes:
+        """16 bytes that name the model: base fingerprint and every non-zero pool in order."""
+        state = hashlib.sha256(fingerprint)
+        for pool in self.pools:
+            if not pool.is_zero:
+                state.update(pool.identity)
+        return state.digest()[:16]
+
+
+def quantise(pool: Pool, values: F64, bits: int) -> PoolCoefficients:
+    """Round `values` to the finest grid that `bits` per coefficient and exact float32 sums allow, block by block.
+
+    Args:
+        pool: whose coefficients they are.
+        values: float64 [L, K].
+        bits: 2 .. 24; |q| <= 2^(bits-1) - 1.
+
+    Raises:
+        NonFiniteError: a value is not finite, or too large for float32.
+    """
+    if not np.isfinite(values).all():
+        raise NonFiniteError("A coefficient is not finite: the state is left as it was. Lower lr.")
+    limit = 2 ** (bits - 1) - 1
+    q = np.zeros(values.shape, dtype=np.int32)
+    exponents = np.zeros(values.shape[0], dtype=np.int32)
+    for block, row in enumerate(values):
+        largest, total = float(np.abs(row).max(initial=0.0)), float(np.abs(row).sum())
+        if largest == 0.0:
+            continue
+        step = max(largest / limit, total / EXACT_SUM)
+        exponent = max(math.frexp(step)[1] - 1, MIN_EXPONENT)
+        while True:
+            if exponent > MAX_EXPONENT:
+                raise NonFiniteError(f"A coefficient of {largest:.3g} is too large for float32 weights. Lower lr.")
+            rounded = np.rint(np.ldexp(row, -exponent))
+            if np.abs(rounded).max() <= limit and np.abs(rounded).sum() <= EXACT_SUM:
+                break
+            exponent += 1
+        q[block] = rounded.astype(np.int32)
+        exponents[block] = exponent if rounded.any() else 0
+    return PoolCoefficients(pool, q, exponents)

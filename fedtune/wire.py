@@ -1,0 +1,348 @@
+"""Byte layout of every message: encode, decode, refuse. docs/wire.md is the specification; golden bytes are in the tests.
+
+Numbers are little-endian. A decoder checks the length against what the header promises before it allocates, reads every
+byte, and raises a WireError for anything it does not expect; nothing is unpickled, nothing is executed.
+
+  instruction (server to client)
+    "FT" version kind=1 | round u32 | base fingerprint 16 | layout digest 16 | digest of the model to start from 16
+    | pools held u16 | pools sent u16 | pools ... | weights flag u8 [| K x u16 draw weights]
+  pool
+    identity 8 | form u8 (0 zero, 1 dense, 2 sparse) [| exponents L x i8 [| bitmap ceil(L K / 8)] | packed values]
+  update (client to server)
+    "FT" version kind=2|3 | round u32 | digest of the model it started from 16 | status u8 | steps u32 | examples u32
+    | mean training loss f32
+    kind 2 (scalars):      steps x scalar
+    kind 3 (coordinates):  L x u16 counts | sum of counts x scalar
+A scalar is a float32, or its upper 16 bits (bfloat16, rounded to nearest even).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.coefficients import MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients
+from fedtune.directions.base import F32, Pool
+from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError
+
+U16 = npt.NDArray[np.uint16]
+MAGIC, VERSION = b"FT", 1
+_HEAD = struct.Struct("<2sBBI")
+_INSTRUCTION = struct.Struct("<16s16s16sHH")
+_UPDATE = struct.Struct("<16sBIIf")
+
+
+class Kind(IntEnum):
+    """What a message is."""
+
+    INSTRUCTION = 1
+    SCALARS = 2
+    COORDINATES = 3
+
+
+class Form(IntEnum):
+    """How the coefficients of a pool are written."""
+
+    ZERO = 0
+    DENSE = 1
+    SPARSE = 2
+
+
+class Status(IntEnum):
+    """How a client's local steps ended."""
+
+    FINISHED = 0
+    NOT_FINITE = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Instruction:
+    """What a client needs for a round: the model to start from, relative to the pools that it already holds.
+
+    Attributes:
+        round: server round, from 1.
+        fingerprint, layout: which base model, and how its parameters are ordered (16 bytes each).
+        digest: of the model to start from; the client rebuilds it and compares.
+        held: number of leading pools that the client is assumed to hold.
+        pools: the pools after those, the last one open.
+        draw_weights: uint16 [K], probabilities of the seeds as whole numbers (FedKSeed-Pro); empty for uniform.
+    """
+
+    round: int
+    fingerprint: bytes
+    layout: bytes
+    digest: bytes
+    held: int
+    pools: tuple[PoolCoefficients, ...]
+    draw_weights: U16
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What a client measured in a round.
+
+    Attributes:
+        round, digest: the instruction it answers.
+        status: whether all steps were finite. `steps` counts the finite ones.
+        examples: training samples that the client owns (the weight of its update).
+        train_loss: mean over the steps.
+        scalars: float32 [steps] scalar gradients (FedKSeed), or float32 [sum of counts] coordinates (Ferret).
+        counts: int64 [L], coordinates in each block (Ferret); empty for FedKSeed.
+    """
+
+    round: int
+    digest: bytes
+    status: Status
+    steps: int
+    examples: int
+    train_loss: float
+    scalars: F32
+    counts: npt.NDArray[np.int64]
+
+
+# ---------------------------------------------------------------------------------------------------- scalars
+
+
+def round_scalars(values: F32, bits: int) -> F32:
+    """The float32 values that survive the wire at `bits` (16: bfloat16, nearest even; 32: unchanged)."""
+    return unpack_scalars(pack_scalars(values, bits), bits)
+
+
+def pack_scalars(values: F32, bits: int) -> bytes:
+    """float32 [n] to n * bits / 8 bytes."""
+    plain = np.ascontiguousarray(values, dtype="<f4")
+    if bits == 32:
+        return plain.tobytes()
+    raw = plain.view("<u4").astype(np.uint64)
+    upper = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16
+    return upper.astype("<u2").tobytes()
+
+
+def unpack_scalars(data: bytes, bits: int) -> F32:
+    """The inverse of `pack_scalars`."""
+    if bits == 32:
+        return np.frombuffer(data, dtype="<f4").astype(np.float32)
+    return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- pools
+
+
+def pack_integers(q: npt.NDArray[np.int32], bits: int) -> bytes:
+    """int32 [n], each in -2^(bits-1)+1 .. 2^(bits-1)-1, to ceil(n * bits / 8) bytes, lowest bit first."""
+    shifted = (q.astype(np.int64) + (1 << (bits - 1))).astype(np.uint32)
+    planes = ((shifted[:, None] >> np.arange(bits, dtype=np.uint32)) & 1).astype(np.uint8)
+    return np.packbits(planes.reshape(-1), bitorder="little").tobytes()
+
+
+def unpack_integers(data: bytes, count: int, bits: int) -> npt.NDArray[np.int32]:
+    """The inverse of `pack_integers`. Raises MalformedMessageError for a value or padding that it never writes."""
+    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
+    if flat[count * bits :].any():
+        raise MalformedMessageError("Padding bits are set.")
+    planes = flat[: count * bits].reshape(count, bits).astype(np.int64)
+    values = (planes << np.arange(bits)).sum(axis=1)
+    if count and int(values.min()) == 0:
+        raise MalformedMessageError("A coefficient is outside its grid.")
+    return (values - (1 << (bits - 1))).astype(np.int32)
+
+
+def encode_pool(coefficients: PoolCoefficients, bits: int) -> bytes:
+    """One pool, in the shortest of its forms."""
+    head = coefficients.pool.identity
+    if coefficients.is_zero:
+        return head + bytes([Form.ZERO])
+    flat = coefficients.q.reshape(-1)
+    used = flat != 0
+    dense = _packed_length(flat.size, bits)
+    sparse = _packed_length(flat.size, 1) + _packed_length(int(used.sum()), bits)
+    exponents = coefficients.exponents.astype("<i1").tobytes()
+    if dense <= sparse:
+        return head + bytes([Form.DENSE]) + exponents + pack_integers(flat, bits)
+    bitmap = np.packbits(used, bitorder="little").tobytes()
+    return head + bytes([Form.SPARSE]) + exponents + bitmap + pack_integers(flat[used], bits)
+
+
+def _packed_length(count: int, bits: int) -> int:
+    return (count * bits + 7) // 8
+
+
+class _Reader:
+    """Takes bytes from the front of a message and refuses to run past its end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def take(self, length: int) -> bytes:
+        if length > len(self._data) - self._at:
+            raise MalformedMessageError(
+                f"The message ends after {len(self._data)} bytes; {self._at + length} were announced.",
+                length=len(self._data),
+            )
+        taken = self._data[self._at : self._at + length]
+        self._at += length
+        return taken
+
+    def unpack(self, layout: struct.Struct) -> tuple[object, ...]:
+        return layout.unpack(self.take(layout.size))
+
+    def finish(self) -> None:
+        if self._at != len(self._data):
+            raise MalformedMessageError(f"The message has {len(self._data)} bytes; {self._at} were announced.")
+
+
+def _decode_pool(reader: _Reader, pool: Pool, blocks: int, bits: int) -> PoolCoefficients:
+    if reader.take(8) != pool.identity:
+        raise MismatchError(
+            "The message uses another pool of directions: server and client must run with the same seed, family and K."
+        )
+    size = blocks * pool.size
+    form = reader.take(1)[0]
+    if form == Form.ZERO:
+        return PoolCoefficients(pool, np.zeros((blocks, pool.size), np.int32), np.zeros(blocks, np.int32))
+    if form not in (Form.DENSE, Form.SPARSE):
+        raise MalformedMessageError(f"There is no form {form} of coefficients.")
+    exponents = np.frombuffer(reader.take(blocks), dtype="<i1").astype(np.int32)
+    if (exponents < MIN_EXPONENT).any() or (exponents > MAX_EXPONENT).any():
+        raise MalformedMessageError("An exponent is outside its range.")
+    if form == Form.DENSE:
+        q = unpack_integers(reader.take(_packed_length(size, bits)), size, bits)
+    else:
+        marks = np.unpackbits(np.frombuffer(reader.take(_packed_length(size, 1)), np.uint8), bitorder="little")
+        if marks[size:].any():
+            raise MalformedMessageError("Padding bits are set.")
+        used = marks[:size].astype(bool)
+        count = int(used.sum())
+        q = np.zeros(size, dtype=np.int32)
+        q[used] = unpack_integers(reader.take(_packed_length(count, bits)), count, bits)
+    return PoolCoefficients(pool, q.reshape(blocks, pool.size), exponents)
+
+
+# ---------------------------------------------------------------------------------------------------- messages
+
+
+def encode_instruction(instruction: Instruction, bits: int) -> bytes:
+    """An instruction as bytes; `bits` per coefficient."""
+    parts = [
+        _HEAD.pack(MAGIC, VERSION, Kind.INSTRUCTION, instruction.round),
+        _INSTRUCTION.pack(
+            instruction.fingerprint, instruction.layout, instruction.digest, instruction.held, len(instruction.pools)
+        ),
+        *(encode_pool(pool, bits) for pool in instruction.pools),
+        bytes([1 if instruction.draw_weights.size else 0]),
+        instruction.draw_weights.astype("<u2").tobytes(),
+    ]
+    return b"".join(parts)
+
+
+def decode_instruction(data: bytes, pools: Sequence[Pool], blocks: int, bits: int) -> Instruction:
+    """Read an instruction.
+
+    Args:
+        data: the message.
+        pools: every pool of the run in order; those that the message carries must be among them.
+        blocks: L of the client's layout.
+        bits: per coefficient.
+
+    Raises:
+        MalformedMessageError, MismatchError: see `fedtune.errors`.
+    """
+    reader = _Reader(data)
+    number = _read_head(reader, Kind.INSTRUCTION)
+    fingerprint, layout, digest, held, sent = reader.unpack(_INSTRUCTION)
+    assert isinstance(held, int) and isinstance(sent, int)
+    if held + sent > len(pools) or sent == 0:
+        raise MismatchError(f"The message speaks of {held + sent} pools; this run has at most {len(pools)}.")
+    decoded = tuple(_decode_pool(reader, pool, blocks, bits) for pool in pools[held : held + sent])
+    size = pools[held + sent - 1].size
+    flag = reader.take(1)[0]
+    if flag > 1:
+        raise MalformedMessageError(f"The weights flag is {flag}, not 0 or 1.")
+    weights = np.frombuffer(reader.take(2 * size * flag), dtype="<u2").astype(np.uint16)
+    reader.finish()
+    if flag and not weights.all():
+        raise MalformedMessageError("A seed has no chance of being drawn.")
+    return Instruction(number, _bytes(fingerprint), _bytes(layout), _bytes(digest), held, decoded, weights)
+
+
+def encode_update(update: Update, bits: int) -> bytes:
+    """An update as bytes; `bits` per scalar. Kind 3 if it has counts."""
+    kind = Kind.COORDINATES if update.counts.size else Kind.SCALARS
+    fields = (update.digest, update.status, update.steps, update.examples, update.train_loss)
+    return b"".join(
+        [
+            _HEAD.pack(MAGIC, VERSION, kind, update.round),
+            _UPDATE.pack(*fields),
+            update.counts.astype("<u2").tobytes(),
+            pack_scalars(update.scalars, bits),
+        ]
+    )
+
+
+def decode_update(
+    data: bytes, *, kind: Kind, round: int, digest: bytes, max_steps: int, blocks: int, max_count: int, bits: int
+) -> Update:
+    """Read a client's update and refuse what the round did not ask for.
+
+    Args:
+        data: the message.
+        kind: SCALARS or COORDINATES.
+        round, digest: what was asked.
+        max_steps: most local steps.
+        blocks: L (COORDINATES).
+        max_count: most coordinates a block can have, the size of the pool (COORDINATES).
+        bits: per scalar.
+
+    Raises:
+        MalformedMessageError: wrong length, magic, version or count.
+        MismatchError: another round, or another model than the one sent out.
+        NonFiniteError: a NaN or an infinity.
+    """
+    reader = _Reader(data)
+    number = _read_head(reader, kind)
+    if number != round:
+        raise MismatchError(f"The update is for round {number}; this is round {round}.", got=number, expected=round)
+    started, status, steps, examples, loss = reader.unpack(_UPDATE)
+    assert isinstance(steps, int) and isinstance(examples, int) and isinstance(loss, float) and isinstance(status, int)
+    if started != digest:
+        raise MismatchError("The update starts from another model than the one that was sent.")
+    if status not in tuple(Status):
+        raise MalformedMessageError(f"There is no status {status}.")
+    if steps > max_steps or examples == 0:
+        raise MalformedMessageError(f"{steps} steps on {examples} samples; at most {max_steps} steps were asked.")
+    counts = np.zeros(0, dtype=np.int64)
+    length = steps
+    if kind == Kind.COORDINATES:
+        counts = np.frombuffer(reader.take(2 * blocks), dtype="<u2").astype(np.int64)
+        if (counts > max_count).any():
+            raise MalformedMessageError(f"A block has {int(counts.max())} coordinates; the pool has {max_count} seeds.")
+        length = int(counts.sum())
+    scalars = unpack_scalars(reader.take(length * bits // 8), bits)
+    reader.finish()
+    if not (np.isfinite(scalars).all() and np.isfinite(loss)):
+        raise NonFiniteError("The update contains a number that is not finite.")
+    return Update(number, digest, Status(status), steps, examples, loss, scalars, counts)
+
+
+def _read_head(reader: _Reader, kind: Kind) -> int:
+    magic, version, got, number = reader.unpack(_HEAD)
+    if magic != MAGIC:
+        raise MalformedMessageError("This is not a fedtune message.")
+    if version != VERSION:
+        raise MalformedMessageError(
+            f"The message has format {version}, this program reads {VERSION}: install the same fedtune on both sides."
+        )
+    if got != kind:
+        raise MalformedMessageError(f"The message is of kind {got}; {int(kind)} was expected.")
+    assert isinstance(number, int)
+    return number
+
+
+def _bytes(value: object) -> bytes:
+    assert isinstance(value, bytes)
+    return value
