@@ -1,0 +1,66 @@
+# `make demo` sets everything up and trains; `make test` sets everything up and checks. Both can be run again at any time.
+#
+#   make demo                            environment, then two federated runs on the embedded model (CPU, minutes)
+#   make test                            environment, then ruff, mypy and every test that needs no GPU
+#   make clean                           remove the environment and the caches; runs/ stays
+#
+# On Linux, PyPI's torch brings CUDA (gigabytes). Without a GPU, the small build does:
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# and for another torch (make clean first):  make demo TORCH="torch==2.12.*"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+
+.PHONY: help demo test check install clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/.stamp-package
+	@$(BIN)/fedtune demo
+
+test: check
+	@echo "== tests"
+	@$(BIN)/python -m pytest -q -m "not gpu"
+
+check: $(VENV)/.stamp-dev
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo "Run: $(BIN)/ruff format ." >&2; exit 1; }
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+install: $(VENV)/.stamp-package
+
+$(VENV)/.stamp-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fedtune needs Python 3.11 or newer and '$(PYTHON)' is older or missing: make $(MAKECMDGOALS) PYTHON=python3.13" >&2; exit 1; }
+	@echo "== environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "Python cannot make virtual environments: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.stamp-torch: $(VENV)/.stamp-python
+	@echo "== $(TORCH) (the largest download, minutes the first time)"
+	@$(PIP) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.stamp-package: $(VENV)/.stamp-torch pyproject.toml
+	@echo "== fedtune and its libraries (a minute or two the first time)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-package
+	@echo "== tools for tests"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
