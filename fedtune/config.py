@@ -46,6 +46,9 @@ class RunConfig(BaseModel):
     local_steps: int = Field(50, ge=1, description="optimisation steps per client and round (tau in FedKSeed, T in Ferret)")
     batch_size: int = Field(1, ge=1, description="samples per step (micro-batch for Ferret)")
     lr: float = Field(3e-5, gt=0, description="local learning rate (eta)")
+    sampling: Literal["uniform", "examples"] = Field(
+        "uniform", description="chance of a client to be asked: equal, or in proportion to its samples"
+    )
     weighting: Literal["examples", "equal"] = Field(
         "examples", description="weight of a client's update: by number of samples, or equal"
     )

@@ -97,5 +97,5 @@ class EngineError(RunError):
     """A Flower process failed; `facts["tail"]` has its last lines."""
 
 
-class Interrupted(RunError):
+class Interrupted(RunError):  # noqa: N818 - it is not a fault
     """Stopped by the user after the step in hand; what is stored stays valid."""

@@ -94,7 +94,7 @@ class Stream:
         return np.sqrt(-2.0 * np.log(1.0 - u[0::2])) * np.cos(2.0 * math.pi * u[1::2])
 
     def gamma(self, shape: float) -> float:
-        """One draw from Gamma(shape, 1). Source: Marsaglia and Tsang, "A simple method for generating gamma variables", 2000."""
+        """One draw from Gamma(shape, 1). Source: Marsaglia and Tsang, ACM Trans. Math. Software 26(3), 2000."""
         boost = 1.0
         if shape < 1.0:
             boost = float(1.0 - self.uniform(1)[0]) ** (1.0 / shape)

@@ -19,9 +19,10 @@ A scalar is a float32, or its upper 16 bits (bfloat16, rounded to nearest even).
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -188,12 +189,20 @@ class _Reader:
         self._at += length
         return taken
 
-    def unpack(self, layout: struct.Struct) -> tuple[object, ...]:
+    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
         return layout.unpack(self.take(layout.size))
 
     def finish(self) -> None:
         if self._at != len(self._data):
             raise MalformedMessageError(f"The message has {len(self._data)} bytes; {self._at} were announced.")
+
+
+def decode_pool(data: bytes, pool: Pool, blocks: int, bits: int) -> PoolCoefficients:
+    """The inverse of `encode_pool`. Raises MalformedMessageError or MismatchError."""
+    reader = _Reader(data)
+    decoded = _decode_pool(reader, pool, blocks, bits)
+    reader.finish()
+    return decoded
 
 
 def _decode_pool(reader: _Reader, pool: Pool, blocks: int, bits: int) -> PoolCoefficients:
@@ -240,12 +249,13 @@ def encode_instruction(instruction: Instruction, bits: int) -> bytes:
     return b"".join(parts)
 
 
-def decode_instruction(data: bytes, pools: Sequence[Pool], blocks: int, bits: int) -> Instruction:
+def decode_instruction(data: bytes, pool_at: Callable[[int], Pool], most_pools: int, blocks: int, bits: int) -> Instruction:
     """Read an instruction.
 
     Args:
         data: the message.
-        pools: every pool of the run in order; those that the message carries must be among them.
+        pool_at: the pool with a given number (from 0) of this run; those that the message carries must be among them.
+        most_pools: pools that the whole run can have.
         blocks: L of the client's layout.
         bits: per coefficient.
 
@@ -253,13 +263,12 @@ def decode_instruction(data: bytes, pools: Sequence[Pool], blocks: int, bits: in
         MalformedMessageError, MismatchError: see `fedtune.errors`.
     """
     reader = _Reader(data)
-    number = _read_head(reader, Kind.INSTRUCTION)
+    round = _read_head(reader, Kind.INSTRUCTION)
     fingerprint, layout, digest, held, sent = reader.unpack(_INSTRUCTION)
-    assert isinstance(held, int) and isinstance(sent, int)
-    if held + sent > len(pools) or sent == 0:
-        raise MismatchError(f"The message speaks of {held + sent} pools; this run has at most {len(pools)}.")
-    decoded = tuple(_decode_pool(reader, pool, blocks, bits) for pool in pools[held : held + sent])
-    size = pools[held + sent - 1].size
+    if held + sent > most_pools or sent == 0:
+        raise MismatchError(f"The message speaks of {held + sent} pools; this run has at most {most_pools}.")
+    decoded = tuple(_decode_pool(reader, pool_at(number), blocks, bits) for number in range(held, held + sent))
+    size = decoded[-1].pool.size
     flag = reader.take(1)[0]
     if flag > 1:
         raise MalformedMessageError(f"The weights flag is {flag}, not 0 or 1.")
@@ -267,7 +276,7 @@ def decode_instruction(data: bytes, pools: Sequence[Pool], blocks: int, bits: in
     reader.finish()
     if flag and not weights.all():
         raise MalformedMessageError("A seed has no chance of being drawn.")
-    return Instruction(number, _bytes(fingerprint), _bytes(layout), _bytes(digest), held, decoded, weights)
+    return Instruction(round, fingerprint, layout, digest, held, decoded, weights)
 
 
 def encode_update(update: Update, bits: int) -> bytes:
@@ -308,7 +317,6 @@ def decode_update(
     if number != round:
         raise MismatchError(f"The update is for round {number}; this is round {round}.", got=number, expected=round)
     started, status, steps, examples, loss = reader.unpack(_UPDATE)
-    assert isinstance(steps, int) and isinstance(examples, int) and isinstance(loss, float) and isinstance(status, int)
     if started != digest:
         raise MismatchError("The update starts from another model than the one that was sent.")
     if status not in tuple(Status):
@@ -339,10 +347,4 @@ def _read_head(reader: _Reader, kind: Kind) -> int:
         )
     if got != kind:
         raise MalformedMessageError(f"The message is of kind {got}; {int(kind)} was expected.")
-    assert isinstance(number, int)
-    return number
-
-
-def _bytes(value: object) -> bytes:
-    assert isinstance(value, bytes)
-    return value
+    return int(number)

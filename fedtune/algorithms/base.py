@@ -1,0 +1,133 @@
+"""What a federated algorithm is: a frozen record of pure functions over a state of a few thousand numbers.
+
+Server and client halves of one algorithm stand in one file (fedkseed.py, ferret.py) and read like the paper. They know
+neither family nor device nor transport: directions are behind `fedtune.directions`, bytes behind `fedtune.wire`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
+from fedtune.config import RunConfig
+from fedtune.data.batches import Batch
+from fedtune.directions import Directions, Pool
+from fedtune.directions.base import F64
+from fedtune.layout import BlockRule, Layout
+from fedtune.perturb import Perturbation
+from fedtune.seeds import stream_key
+from fedtune.wire import Instruction, Kind, Update
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Everything the server knows after a round.
+
+    Attributes:
+        round: rounds finished; 0 is the base model.
+        closed: coefficients of the pools that are no longer added to.
+        pool: the open pool.
+        values: float64 [L, K], its coefficients before rounding to the grid.
+        statistics: further arrays of the algorithm, by name (float64).
+    """
+
+    round: int
+    closed: tuple[PoolCoefficients, ...]
+    pool: Pool
+    values: F64
+    statistics: Mapping[str, F64] = field(default_factory=dict)
+
+    def published(self, bits: int) -> Coefficients:
+        """The model of this state as every client rebuilds it."""
+        return Coefficients((*self.closed, quantise(self.pool, self.values, bits)))
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What a client works on in a round; the weights are those of the instruction when `local_update` starts.
+
+    Attributes:
+        model: in evaluation mode. `weights` are its trainable tensors in layout order.
+        loss: (model, batch) -> scalar tensor, mean loss over the response tokens.
+        batches: endless.
+        directions: of the instruction's open pool.
+        perturbation: runs the model at w + c z without writing w.
+        client: stable id; names the client's random streams.
+        examples: training samples that the client owns.
+    """
+
+    model: torch.nn.Module
+    weights: Sequence[torch.nn.Parameter]
+    loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
+    batches: Iterator[Batch]
+    directions: Directions
+    perturbation: Perturbation
+    client: str
+    examples: int
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One federated algorithm.
+
+    Attributes:
+        name: as in the configuration.
+        kind: of the updates its clients send.
+        block_rule: which parameters share coefficients.
+        pool_size: seeds in a pool, given the configuration and the layout.
+        statistics: zero-filled arrays that the algorithm keeps beside the coefficients, by name and shape.
+        draw_weights: uint16 [K] or empty: what a client needs to know about the seeds.
+        local_update: the client's half of a round.
+        aggregate: the server's half: state, updates by client id -> state. Must not depend on the order of arrival.
+    """
+
+    name: str
+    kind: Kind
+    block_rule: Callable[[RunConfig], BlockRule]
+    pool_size: Callable[[RunConfig, Layout], int]
+    statistics: Callable[[int, int], dict[str, F64]]
+    draw_weights: Callable[[State], np.ndarray[tuple[int], np.dtype[np.uint16]]]
+    local_update: Callable[[LocalWork, RunConfig, Instruction], Update]
+    aggregate: Callable[[State, Mapping[str, Update], RunConfig, Layout], State]
+
+    def pool(self, config: RunConfig, layout: Layout, number: int) -> Pool:
+        """Pool `number` (from 0) of a run; every party derives the same one."""
+        return Pool(config.family, stream_key(config.seed, "pool", number), self.pool_size(config, layout))
+
+    def start(self, config: RunConfig, layout: Layout) -> State:
+        """State 0: the base model."""
+        pool = self.pool(config, layout, 0)
+        return State(0, (), pool, np.zeros((layout.blocks, pool.size)), self.statistics(layout.blocks, pool.size))
+
+    def begin_round(self, state: State, config: RunConfig, layout: Layout) -> State:
+        """The state that the next round starts from: with a fresh pool if the schedule says so."""
+        number = pool_number(config, state.round + 1)
+        if number == len(state.closed):
+            return state
+        closed = quantise(state.pool, state.values, config.coefficient_bits)
+        pool = self.pool(config, layout, number)
+        fresh = self.statistics(layout.blocks, pool.size)
+        return replace(state, closed=(*state.closed, closed), pool=pool, values=np.zeros_like(state.values), statistics=fresh)
+
+
+def pool_number(config: RunConfig, round: int) -> int:
+    """Which pool (from 0) round `round` (from 1) uses."""
+    return (round - 1) // config.pool_every if config.pool_every else 0
+
+
+def shares(updates: Mapping[str, Update], config: RunConfig) -> dict[str, float]:
+    """Weights of the updates, by client id in sorted order, summing to one.
+
+    A client that did only a part of its steps counts by that part: c_i ~ n_i * steps_i / tau, or ~ steps_i / tau when
+    clients are weighted equally.
+    """
+    raw = {
+        client: (updates[client].examples if config.weighting == "examples" else 1) * updates[client].steps / config.local_steps
+        for client in sorted(updates)
+    }
+    total = sum(raw.values())
+    return {client: share / total for client, share in raw.items()} if total else {}

@@ -1,0 +1,196 @@
+"""Ferret: first-order local steps, whose sum is sent as coordinates along random directions, block by block.
+
+Source: Shu et al., "Ferret: Federated Full-Parameter Tuning at Scale for Large Language Models", ICML 2025, arXiv
+2409.06277. With E[z z^T] = I the paper's scaled bases become, for block l with d_l parameters and K_l coordinates,
+
+    g[l,k] = <z[l,k], delta_l>         sent by the client, delta_l its local update of the block
+    delta_l ~ s_l * sum_k g[l,k] z[l,k]     rebuilt by everybody, s_l = 1/K_l (unbiased) or 1/(K_l + d_l) (least error)
+
+The relative error of the unbiased rebuild is sqrt(d_l / K_l). Every client uses K_l seeds of the pool of its own
+(derived from its named stream, not sent), so that the errors of different clients average out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.algorithms.base import Algorithm, LocalWork, State, shares
+from fedtune.config import RunConfig
+from fedtune.directions.base import F64
+from fedtune.layout import BlockRule, Layout
+from fedtune.progress import ClientStep, check_stop, emit
+from fedtune.seeds import Stream
+from fedtune.wire import Instruction, Kind, Status, Update
+
+I64 = npt.NDArray[np.int64]
+LARGEST_COUNT = 65535  # counts travel as 16-bit numbers
+
+
+def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -> Update:
+    """T steps of stochastic gradient descent, then the coordinates of  delta = w_end - w_start.
+
+    A loss, gradient or weight that is not finite ends the work: the update is empty and says so.
+    """
+    start = [weight.detach().clone() for weight in work.weights]
+    losses: list[float] = []
+    for step in range(config.local_steps):
+        check_stop()
+        loss = gradient_step(work, config)
+        if loss is None:
+            break
+        losses.append(loss)
+        emit(ClientStep(work.client, step + 1, config.local_steps, loss))
+    with torch.no_grad():
+        deltas = [weight.float() - before.float() for weight, before in zip(work.weights, start, strict=True)]
+    finite = len(losses) == config.local_steps and all(bool(delta.isfinite().all()) for delta in deltas)
+    if not finite:
+        deltas = [torch.zeros_like(delta) for delta in deltas]
+    counts, coordinates = project(work, deltas, config, instruction)
+    return Update(
+        round=instruction.round,
+        digest=instruction.digest,
+        status=Status.FINISHED if finite else Status.NOT_FINITE,
+        steps=len(losses),
+        examples=work.examples,
+        train_loss=float(np.mean(losses)) if losses else 0.0,
+        scalars=coordinates.astype(np.float32),
+        counts=counts,
+    )
+
+
+def gradient_step(work: LocalWork, config: RunConfig) -> float | None:
+    """One step  w <- w - lr * mean gradient  over `accumulate` batches; its mean loss, or None if it is not finite."""
+    total = 0.0
+    for weight in work.weights:
+        weight.grad = None
+    for _ in range(config.accumulate):
+        loss = work.loss(work.model, next(work.batches)) / config.accumulate
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    gradients = [weight.grad for weight in work.weights if weight.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        return None
+    scale = min(1.0, config.clip_norm / norm) if config.clip_norm and norm else 1.0
+    with torch.no_grad():
+        for weight in work.weights:
+            if weight.grad is not None:
+                weight.add_(weight.grad, alpha=-config.lr * scale)
+                weight.grad = None
+    return total
+
+
+def project(work: LocalWork, deltas: Sequence[torch.Tensor], config: RunConfig, instruction: Instruction) -> tuple[I64, F64]:
+    """int64 [L] counts K_l and float64 [sum K_l] coordinates of the local update, block by block, seeds ascending."""
+    directions = work.directions
+    layout, pool = directions.layout, directions.pool
+    squares = np.zeros(layout.blocks)
+    for entry, delta in zip(layout.entries, deltas, strict=True):
+        squares[entry.block] += float(delta.double().square().sum())
+    counts = allocate(np.sqrt(squares), np.array(layout.block_sizes), config.K, pool.size, config.allocation)
+    wanted = chosen_seeds(config, instruction.round, work.client, counts, pool.size)
+    table = directions.project(enumerate(deltas), wanted)
+    return counts, table[wanted]
+
+
+def allocate(norms: F64, sizes: I64, total: int, pool_size: int, rule: str) -> I64:
+    """Divide `total` coordinates over the blocks: K_l in proportion to the rule's weight, at most min(pool_size, d_l).
+
+    norm (the paper): ||delta_l||. norm-sqrt-size: ||delta_l|| sqrt(d_l), which minimises the expected squared error
+    sum_l ||delta_l||^2 d_l / K_l under sum_l K_l = total. uniform: all equal. A block that did not move gets none.
+
+    Args:
+        norms: float64 [L], norms of the blocks' updates.
+        sizes: int64 [L], parameters in each block.
+
+    Returns:
+        int64 [L], summing to `total`, or to less if all blocks that moved are full.
+    """
+    weights = {"norm": norms, "norm-sqrt-size": norms * np.sqrt(sizes), "uniform": (norms > 0).astype(np.float64)}[rule]
+    caps = np.where(weights > 0, np.minimum(np.minimum(sizes, pool_size), LARGEST_COUNT), 0)
+    counts = np.zeros(len(sizes), dtype=np.int64)
+    open_blocks = weights > 0
+    left = total
+    while left > 0 and open_blocks.any():  # hand out in proportion; what full blocks cannot take goes to the others
+        share = np.where(open_blocks, weights, 0.0)
+        ideal = share / share.sum() * left
+        grant = np.minimum(np.floor(ideal).astype(np.int64), caps - counts)
+        if not grant.any():
+            order = np.argsort(-(ideal - np.floor(ideal)), kind="stable")
+            order = order[open_blocks[order]][:left]
+            grant = np.zeros_like(counts)
+            grant[order] = 1
+        counts += grant
+        left = total - int(counts.sum())
+        open_blocks = (weights > 0) & (counts < caps)
+    return counts
+
+
+def chosen_seeds(config: RunConfig, round: int, client: str, counts: I64, pool_size: int) -> npt.NDArray[np.bool_]:
+    """bool [L, K]: the K_l seeds of each block that a client projects on; derived on both sides, never sent."""
+    wanted = np.zeros((len(counts), pool_size), dtype=np.bool_)
+    for block, count in enumerate(counts.tolist()):
+        wanted[block, Stream(config.seed, "coordinates", round, client, block).subset(pool_size, count)] = True
+    return wanted
+
+
+def scales(counts: I64, sizes: I64, reconstruction: str) -> F64:
+    """float64 [L]: what a coordinate is multiplied with: 1/K_l (unbiased), or 1/(K_l + d_l) (least expected error)."""
+    divisor = counts + sizes if reconstruction == "shrunken" else counts
+    return 1.0 / np.maximum(divisor, 1)
+
+
+def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, layout: Layout) -> State:
+    """C <- C + server_lr * M,  M <- momentum * M + sum_i c_i s_i g_i, clients in sorted order."""
+    sizes = np.array(layout.block_sizes)
+    step = np.zeros_like(state.values)
+    for client, share in shares(updates, config).items():
+        update = updates[client]
+        wanted = chosen_seeds(config, update.round, client, update.counts, state.pool.size)
+        dense = np.zeros_like(step)
+        dense[wanted] = update.scalars.astype(np.float64)
+        step += share * scales(update.counts, sizes, config.reconstruction)[:, None] * dense
+    velocity = config.momentum * state.statistics["velocity"] + step
+    values = state.values + server_rate(config, state.round + 1) * velocity
+    return replace(state, round=state.round + 1, values=values, statistics={"velocity": velocity})
+
+
+def server_rate(config: RunConfig, round: int) -> float:
+    """The server's learning rate in round `round` (from 1): constant, or falling from server_lr towards 0 by the end."""
+    done = (round - 1) / config.rounds
+    factor = {"none": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.anneal]
+    return config.server_lr * factor
+
+
+def pool_size(config: RunConfig, layout: Layout) -> int:
+    """Seeds that every block can choose from: `pool_size`, or room for four times an equal share of K, at most K."""
+    if config.pool_size:
+        return config.pool_size
+    equal = -(-config.K // layout.blocks)
+    return min(config.K, 1 << (4 * equal - 1).bit_length())
+
+
+def _block_rule(config: RunConfig) -> BlockRule:
+    return "grouped" if config.blocks == "auto" else config.blocks
+
+
+def _no_draw_weights(state: State) -> npt.NDArray[np.uint16]:
+    return np.zeros(0, dtype=np.uint16)
+
+
+FERRET = Algorithm(
+    name="ferret",
+    kind=Kind.COORDINATES,
+    block_rule=_block_rule,
+    pool_size=pool_size,
+    statistics=lambda blocks, size: {"velocity": np.zeros((blocks, size))},
+    draw_weights=_no_draw_weights,
+    local_update=local_update,
+    aggregate=aggregate,
+)

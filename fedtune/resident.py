@@ -1,0 +1,73 @@
+"""What a process keeps loaded for a run: model, data and replica, loaded once and shared by all simulated clients."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from fedtune.algorithms import ALGORITHMS
+from fedtune.config import RunConfig, Scalar
+from fedtune.data.federated import FederatedData, load_federated
+from fedtune.layout import Layout
+from fedtune.models import LanguageModel, load_model
+from fedtune.replica import Replica
+
+_MODEL_SETTINGS = ("model", "revision", "trust_remote_code", "dtype", "device", "threads", "blocks", "algorithm")
+_DATA_SETTINGS = (
+    "data",
+    "instruction_column",
+    "input_column",
+    "output_column",
+    "category_column",
+    "template",
+    "max_length",
+    "partition",
+    "dirichlet_alpha",
+    "min_samples",
+    "holdout",
+    "holdout_category",
+    "holdout_file",
+    "clients",
+    "seed",
+    "model",
+    "revision",
+    "trust_remote_code",
+)
+
+
+class Resident:
+    """A loaded model with its replica, and the federated data; each on first use."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.algorithm = ALGORITHMS[config.algorithm]
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        return load_model(self.config)
+
+    @cached_property
+    def replica(self) -> Replica:
+        model = self.language_model.model
+        return Replica(model, Layout.of(model, self.algorithm.block_rule(self.config)))
+
+    @cached_property
+    def data(self) -> FederatedData:
+        return load_federated(self.config, self.language_model.tokenizer)
+
+
+_resident: dict[tuple[Scalar, ...], Resident] = {}
+
+
+def resident(config: RunConfig) -> Resident:
+    """The Resident of this process for `config`; the one before is dropped when another model or data set is asked for."""
+    settings = config.as_mapping()
+    key = tuple(settings[name] for name in (*_MODEL_SETTINGS, *_DATA_SETTINGS))
+    if key not in _resident:
+        _resident.clear()
+        _resident[key] = Resident(config)
+    return _resident[key]
+
+
+def release() -> None:
+    """Drop what is loaded."""
+    _resident.clear()

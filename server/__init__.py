@@ -1,0 +1,1 @@
+"""The server side of a federation: the round loop, the Flower strategy and the ServerApp."""

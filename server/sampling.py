@@ -1,0 +1,31 @@
+"""Which clients a round asks: drawn by a named stream from stable client ids, never from Flower's random node ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedtune.config import RunConfig
+from fedtune.seeds import Stream
+
+
+def sample_clients(config: RunConfig, round: int, examples: Mapping[str, int]) -> tuple[str, ...]:
+    """Ids of the clients of a round, sorted, `config.asked_per_round` of them without replacement.
+
+    Args:
+        examples: training samples of each known client; with sampling = "examples" a client's chance grows with them.
+    """
+    known = sorted(examples, key=natural_order)
+    size = min(config.asked_per_round, len(known))
+    stream = Stream(config.seed, "clients", round)
+    if config.sampling == "examples":
+        chosen = stream.weighted_subset(np.array([examples[client] for client in known], dtype=np.int64), size)
+    else:
+        chosen = stream.subset(len(known), size)
+    return tuple(known[index] for index in chosen.tolist())
+
+
+def natural_order(client: str) -> tuple[int, str]:
+    """Sort key: "2" before "10"."""
+    return (len(client), client)

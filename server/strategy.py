@@ -1,0 +1,286 @@
+"""The Flower Strategy: it turns a state into messages and replies into the next state. Thin: the method is in fedtune.
+
+It keeps the state of the run, remembers what every client already holds, refuses what must not be used (named and
+counted), and measures payload bytes where messages are made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedtune import errors, wire
+from fedtune.algorithms import Algorithm, State
+from fedtune.coefficients import Coefficients, quantise
+from fedtune.config import RunConfig
+from fedtune.errors import FedtuneError, ModelError, NonFiniteError, WireError
+from fedtune.layout import Layout
+from fedtune.progress import ClientFinished, Note, RoundStarted, emit
+from fedtune.wire import Instruction, Status, Update
+from server.sampling import natural_order, sample_clients
+
+RECORD = "fedtune"  # name of the one ConfigRecord in every message
+
+
+@dataclass
+class Client:
+    """What the server knows about a client: Flower's node id, number of samples, pools that it holds."""
+
+    node: int
+    examples: int
+    pools_held: int = 0
+
+
+@dataclass
+class Tally:
+    """What happened in a round."""
+
+    clients: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    messages_up: int = 0
+    messages_down: int = 0
+    train_loss: float = math.nan
+
+
+class CoefficientStrategy(Strategy):
+    """Federated training in which the state is a few thousand coefficients.
+
+    Args:
+        config: of the run.
+        algorithm: its record of functions.
+        layout: of the base model's trainable parameters.
+        fingerprint: of the base model.
+    """
+
+    def __init__(self, config: RunConfig, algorithm: Algorithm, layout: Layout, fingerprint: bytes) -> None:
+        self.config, self.algorithm, self.layout, self.fingerprint = config, algorithm, layout, fingerprint
+        self.state: State = algorithm.start(config, layout)
+        self.clients: dict[str, Client] = {}
+        self.tally = Tally()
+        self._model = self.state.published(config.coefficient_bits)
+        self._digest = self._model.digest(fingerprint)
+        self._asked: dict[str, str] = {}
+
+    @property
+    def model(self) -> Coefficients:
+        """The model of the current state."""
+        return self._model
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that name the current model."""
+        return self._digest
+
+    # ------------------------------------------------------------------ who takes part
+
+    def configure_introduction(self, grid: Grid) -> list[Message]:
+        """One question to every connected node."""
+        empty = RecordDict({RECORD: ConfigRecord({"round": 0})})
+        nodes = sorted(grid.get_node_ids())
+        return [
+            Message(empty, dst_node_id=node, message_type=MessageType.QUERY, ttl=self.config.wait_timeout) for node in nodes
+        ]
+
+    def accept_introductions(self, sent: Iterable[Message], replies: Iterable[Message]) -> None:
+        """Keep the clients that train the same base model; report the others with the reason.
+
+        Raises:
+            FedtuneError: the first client's problem, if fewer clients remain than a round needs.
+        """
+        node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
+        problems: list[FedtuneError] = []
+        for reply in sorted(replies, key=lambda message: node_of.get(_answers(message), 0)):
+            node = node_of.get(_answers(reply))
+            try:
+                if node is not None:
+                    self._accept(node, _content(reply))
+            except FedtuneError as problem:
+                problems.append(problem)
+                emit(Note(f"A client was refused: {problem}", warning=True))
+        if len(self.clients) < self.config.asked_per_round:
+            raise (
+                problems[0]
+                if problems
+                else errors.RunError(
+                    f"Only {len(self.clients)} of {len(node_of)} nodes introduced themselves; a round asks "
+                    f"{self.config.asked_per_round}. Start more nodes, or lower clients_per_round."
+                )
+            )
+
+    def _accept(self, node: int, record: ConfigRecord) -> None:
+        client, examples = record.get("client"), record.get("examples")
+        if not isinstance(client, str) or not isinstance(examples, int) or examples < 1:
+            raise WireError("A node introduced itself without a client id or without samples.")
+        if record.get("fingerprint") != self.fingerprint or record.get("layout") != self.layout.digest:
+            raise ModelError(
+                f"Client {client} holds another base model than the server: give both the same files, dtype and algorithm.",
+                client=client,
+            )
+        if client in self.clients and self.clients[client].node != node:
+            raise WireError(f"Two nodes call themselves client {client}: give each its own client-id or partition-id.")
+        self.clients[client] = Client(node, examples)
+
+    # ------------------------------------------------------------------ a round
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """Open the round and write one instruction to each of its clients."""
+        self.state = self.algorithm.begin_round(self.state, self.config, self.layout)
+        self._publish()
+        chosen = sample_clients(self.config, server_round, {name: c.examples for name, c in self.clients.items()})
+        self.tally = Tally(clients=list(chosen))
+        self._asked = {}
+        emit(RoundStarted(server_round, chosen))
+        return [self._instruct(server_round, client) for client in chosen]
+
+    def configure_catch_up(self, server_round: int, replies: Iterable[Message]) -> list[Message]:
+        """Complete instructions for the clients that answered that they lack pools (they restarted, say)."""
+        client_of = {message_id: client for client, message_id in self._asked.items()}
+        behind = [client_of[_answers(reply)] for reply in replies if _answers(reply) in client_of and is_behind(reply)]
+        for client in behind:
+            self.clients[client].pools_held = 0
+        return [self._instruct(server_round, client) for client in behind]
+
+    def note_sent(self, sent: Iterable[Message]) -> None:
+        """Remember the message ids, which Flower assigns when messages are pushed."""
+        node_to_client = {client.node: name for name, client in self.clients.items()}
+        for message in sent:
+            self._asked[node_to_client[message.metadata.dst_node_id]] = message.metadata.message_id
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Use every valid update, refuse the others by name, and move the state; an empty round leaves it as it is."""
+        client_of = {message_id: client for client, message_id in self._asked.items()}
+        updates: dict[str, Update] = {}
+        for reply in replies:
+            client = client_of.pop(_answers(reply), None)
+            if client is None:
+                emit(Note("A reply that nobody asked for was ignored.", warning=True))
+                continue
+            try:
+                updates[client] = self._read(server_round, reply)
+                self.clients[client].pools_held = len(self._model.pools) - 1
+                self._finished(server_round, client, "")
+            except FedtuneError as problem:
+                self._finished(server_round, client, f"{type(problem).__name__}: {problem}")
+        for client in sorted(client_of.values(), key=natural_order):
+            self._finished(server_round, client, f"no answer within {self.config.round_timeout:g} s")
+        if updates:
+            self._move(server_round, updates)
+        return None, MetricRecord({"clients": len(self.tally.clients) - len(self.tally.refused)})
+
+    def _instruct(self, server_round: int, client: str) -> Message:
+        known = self.clients[client]
+        held = min(known.pools_held, len(self._model.pools) - 1)
+        instruction = Instruction(
+            round=server_round,
+            fingerprint=self.fingerprint,
+            layout=self.layout.digest,
+            digest=self._digest,
+            held=held,
+            pools=self._model.pools[held:],
+            draw_weights=self.algorithm.draw_weights(self.state),
+        )
+        payload = wire.encode_instruction(instruction, self.config.coefficient_bits)
+        self.tally.bytes_down += len(payload)
+        self.tally.messages_down += 1
+        content = RecordDict({RECORD: ConfigRecord({"payload": payload})})
+        return Message(
+            content,
+            dst_node_id=known.node,
+            message_type=MessageType.TRAIN,
+            ttl=self.config.round_timeout,
+            group_id=str(server_round),
+        )
+
+    def _read(self, server_round: int, reply: Message) -> Update:
+        payload = _content(reply).get("payload")
+        if not isinstance(payload, bytes):
+            raise errors.MalformedMessageError("The reply carries no payload of bytes.")
+        self.tally.bytes_up += len(payload)
+        self.tally.messages_up += 1
+        update = wire.decode_update(
+            payload,
+            kind=self.algorithm.kind,
+            round=server_round,
+            digest=self._digest,
+            max_steps=self.config.local_steps,
+            blocks=self.layout.blocks,
+            max_count=min(self.state.pool.size, 65535),
+            bits=self.config.scalar_bits,
+        )
+        if update.status == Status.NOT_FINITE:
+            raise NonFiniteError(
+                f"the loss was not finite after {update.steps} of {self.config.local_steps} steps: "
+                "the update is not used (lower lr or eps)"
+            )
+        return update
+
+    def _move(self, server_round: int, updates: dict[str, Update]) -> None:
+        """Aggregate, and keep the result only if it can be published."""
+        moved = self.algorithm.aggregate(self.state, updates, self.config, self.layout)
+        try:
+            quantise(moved.pool, moved.values, self.config.coefficient_bits)
+        except NonFiniteError as problem:
+            for client in sorted(updates, key=natural_order):
+                self._finished(server_round, client, f"NonFiniteError: {problem}")
+            return
+        self.state = moved
+        examples = {client: updates[client].examples for client in sorted(updates)}
+        losses = sum(updates[client].train_loss * count for client, count in examples.items())
+        self.tally.train_loss = losses / sum(examples.values())
+        self._publish()
+
+    def _publish(self) -> None:
+        self._model = self.state.published(self.config.coefficient_bits)
+        self._digest = self._model.digest(self.fingerprint)
+
+    def _finished(self, server_round: int, client: str, problem: str) -> None:
+        if problem:
+            self.tally.refused[client] = problem
+        emit(ClientFinished(server_round, client, problem))
+
+    # ------------------------------------------------------------------ required by Flower
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """No messages: the server evaluates on held-out data of its own."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing to aggregate."""
+        return None
+
+    def summary(self) -> None:
+        """Say what this strategy is."""
+        shape = f"{self.layout.blocks} x {self.state.pool.size} coefficients"
+        emit(Note(f"{self.algorithm.name}: {self.layout.numel:,} parameters, {shape}, family {self.config.family}"))
+
+
+def _content(reply: Message) -> ConfigRecord:
+    """The record of a reply. Raises the client's problem as the error type it names, or RunError for a crash."""
+    if reply.has_error():
+        raise errors.RunError(f"the client failed (Flower code {reply.error.code}): {reply.error.reason}")
+    record = reply.content.config_records.get(RECORD)
+    if record is None:
+        raise errors.MalformedMessageError("The reply has no fedtune record.")
+    name = record.get("problem")
+    if isinstance(name, str):
+        kind = getattr(errors, name, FedtuneError)
+        known = isinstance(kind, type) and issubclass(kind, FedtuneError)
+        raise (kind if known else FedtuneError)(str(record.get("text", "")))
+    return record
+
+
+def is_behind(reply: Message) -> bool:
+    """Whether the client answered that it lacks pools which the instruction builds upon."""
+    record = None if reply.has_error() else reply.content.config_records.get(RECORD)
+    return record is not None and record.get("problem") == errors.StaleReplicaError.__name__
+
+
+def _answers(reply: Message) -> str:
+    return reply.metadata.reply_to_message_id

@@ -1,0 +1,71 @@
+"""The grid: rounding is bounded, sums are exact in float32, digests name the model and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.coefficients import EXACT_SUM, Coefficients, PoolCoefficients, quantise
+from fedtune.directions.base import Pool
+from fedtune.errors import NonFiniteError
+
+POOL = Pool("hadamard", 1, 64)
+BASE = b"b" * 16
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 24), st.floats(1e-20, 1e20), st.integers(0, 2**32 - 1))
+def test_rounding_is_at_most_half_a_step_and_sums_stay_exact(bits: int, scale: float, seed: int) -> None:
+    values = np.random.default_rng(seed).standard_normal((3, 64)) * scale
+    values[1] = 0.0
+    grid = quantise(POOL, values, bits)
+    step = np.ldexp(1.0, grid.exponents)[:, None]
+    assert np.all(np.abs(grid.values.astype(np.float64) - values) <= step / 2)
+    assert np.abs(grid.q).max() <= 2 ** (bits - 1) - 1
+    assert np.abs(grid.q.astype(np.int64)).sum(axis=1).max() <= EXACT_SUM
+    assert (grid.exponents[1], grid.q[1].any()) == (0, False)
+
+
+@given(st.integers(3, 24))
+def test_the_grid_is_the_finest_one(bits: int) -> None:
+    values = np.full((1, 64), 1.0)
+    values[0, 0] = 0.3
+    grid = quantise(POOL, values, bits)
+    finer = np.rint(np.ldexp(values, -(int(grid.exponents[0]) - 1)))
+    assert np.abs(finer).max() > 2 ** (bits - 1) - 1 or np.abs(finer).sum() > EXACT_SUM
+
+
+def test_values_on_the_grid_do_not_move() -> None:
+    values = np.ldexp(np.arange(-32, 32, dtype=np.float64)[None, :], -13)
+    assert quantise(POOL, values, 8).values.tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+def test_what_is_not_finite_never_becomes_a_coefficient(bad: float) -> None:
+    values = np.zeros((1, 64))
+    values[0, 3] = bad
+    with pytest.raises(NonFiniteError, match="Lower lr"):
+        quantise(POOL, values, 8)
+
+
+def test_a_digest_names_base_pool_and_coefficients() -> None:
+    def digest(pool: Pool = POOL, first: int = 1, exponent: int = 0, base: bytes = BASE) -> bytes:
+        q = np.zeros((1, 64), dtype=np.int32)
+        q[0, 0] = first
+        return Coefficients((PoolCoefficients(pool, q, np.array([exponent], np.int32)),)).digest(base)
+
+    others = [
+        digest(Pool("hadamard", 2, 64)), digest(Pool("gaussian", 1, 64)), digest(first=2), digest(exponent=1), digest(base=b"c" * 16),
+    ]  # fmt: skip
+    assert digest() not in others
+    assert len(set(others)) == len(others)
+    assert digest() == digest()
+
+
+def test_a_pool_of_zeros_does_not_change_the_digest() -> None:
+    zero = quantise(POOL, np.zeros((1, 64)), 8)
+    one = quantise(Pool("hadamard", 9, 64), np.ones((1, 64)), 8)
+    assert Coefficients((zero, one, zero)).digest(BASE) == Coefficients((one,)).digest(BASE)
+    assert Coefficients(()).digest(BASE) == Coefficients((zero,)).digest(BASE)

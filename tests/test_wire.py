@@ -1,0 +1,214 @@
+"""The wire format: golden bytes, round trips, and a growing list of hostile messages that must be refused by name."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune import wire
+from fedtune.coefficients import PoolCoefficients
+from fedtune.directions.base import Pool
+from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError, WireError
+from fedtune.wire import Instruction, Kind, Status, Update
+
+POOLS = [Pool("hadamard", number, 8) for number in range(3)]
+DIGEST, FINGERPRINT, LAYOUT = bytes(range(16)), b"f" * 16, b"l" * 16
+
+
+def coefficients(number: int = 0, values: list[int] | None = None) -> PoolCoefficients:
+    q = np.array(values or [1, -3, 0, 7, 0, 0, -7, 2], dtype=np.int32).reshape(1, 8)
+    return PoolCoefficients(POOLS[number], q, np.array([-20 if q.any() else 0], dtype=np.int32))
+
+
+def instruction(**changes: object) -> Instruction:
+    plain = Instruction(1, FINGERPRINT, LAYOUT, DIGEST, 0, (coefficients(),), np.zeros(0, np.uint16))
+    return replace(plain, **changes)
+
+
+def scalars(**changes: object) -> Update:
+    values = np.array([1.0, -2.5, 0.0], dtype=np.float32)
+    return replace(Update(4, DIGEST, Status.FINISHED, 3, 120, 2.5, values, np.zeros(0, np.int64)), **changes)
+
+
+def coordinates(**changes: object) -> Update:
+    values = np.array([0.5, -0.25, 8.0], dtype=np.float32)
+    return replace(Update(4, DIGEST, Status.FINISHED, 20, 120, 2.5, values, np.array([1, 0, 2])), **changes)
+
+
+def read_instruction(data: bytes, bits: int = 4) -> Instruction:
+    return wire.decode_instruction(data, POOLS.__getitem__, len(POOLS), 1, bits)
+
+
+def read_update(data: bytes, kind: Kind = Kind.SCALARS, bits: int = 32, **changes: object) -> Update:
+    asked = {"round": 4, "digest": DIGEST, "max_steps": 50, "blocks": 3, "max_count": 8, **changes}
+    return wire.decode_update(data, kind=kind, bits=bits, **asked)
+
+
+def test_golden_bytes_of_an_instruction() -> None:
+    expected = (
+        "4654010101000000" + FINGERPRINT.hex() + LAYOUT.hex() + DIGEST.hex() + "00000100"
+        + POOLS[0].identity.hex() + "01" + "ec" + "59f888a1" + "00"
+    )  # fmt: skip
+    assert wire.encode_instruction(instruction(), 4).hex() == expected
+
+
+def test_golden_bytes_of_updates() -> None:
+    head = "46540102" + "04000000" + DIGEST.hex() + "00" + "03000000" + "78000000" + "00002040"
+    assert wire.encode_update(scalars(), 32).hex() == head + "0000803f" + "000020c0" + "00000000"
+    assert wire.encode_update(scalars(), 16).hex() == head + "803f" + "20c0" + "0000"
+    head = "46540103" + "04000000" + DIGEST.hex() + "00" + "14000000" + "78000000" + "00002040"
+    assert wire.encode_update(coordinates(), 16).hex() == head + "010000000200" + "003f" + "80be" + "0041"
+
+
+def test_golden_identity_of_a_pool() -> None:
+    assert POOLS[0].identity.hex() == "8debccaa7999f93e"
+
+
+@pytest.mark.parametrize("bits", [4, 8, 13, 24])
+def test_an_instruction_survives_the_wire(bits: int) -> None:
+    weights = np.arange(1, 9, dtype=np.uint16)
+    sent = instruction(held=1, pools=(coefficients(1), coefficients(2, [0] * 8)), draw_weights=weights)
+    got = read_instruction(wire.encode_instruction(sent, bits), bits)
+    assert (got.round, got.fingerprint, got.layout, got.digest, got.held) == (1, FINGERPRINT, LAYOUT, DIGEST, 1)
+    assert [pool.identity for pool in got.pools] == [pool.identity for pool in sent.pools]
+    assert got.draw_weights.tolist() == weights.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 24), st.data())
+def test_packed_integers_survive(bits: int, data: st.DataObject) -> None:
+    limit = 2 ** (bits - 1) - 1
+    values = np.array(data.draw(st.lists(st.integers(-limit, limit), max_size=40)), dtype=np.int32)
+    packed = wire.pack_integers(values, bits)
+    assert len(packed) == -(-len(values) * bits // 8)
+    assert wire.unpack_integers(packed, len(values), bits).tolist() == values.tolist()
+
+
+def test_the_shorter_form_is_chosen() -> None:
+    pool = Pool("hadamard", 0, 1024)
+    few = np.zeros((1, 1024), dtype=np.int32)
+    few[0, :10] = 5
+    exponents = np.array([-3], dtype=np.int32)
+    sparse = wire.encode_pool(PoolCoefficients(pool, few, exponents), 8)
+    dense = wire.encode_pool(PoolCoefficients(pool, few + 1, exponents), 8)
+    assert (len(sparse), len(dense)) == (8 + 1 + 1 + 128 + 10, 8 + 1 + 1 + 1024)
+    assert wire.decode_pool(sparse, pool, 1, 8).q.tolist() == few.tolist()
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_updates_survive_the_wire(bits: int) -> None:
+    got = read_update(wire.encode_update(scalars(), bits), bits=bits)
+    assert got.scalars.tolist() == [1.0, -2.5, 0.0]
+    assert (got.steps, got.examples, got.train_loss, got.status) == (3, 120, 2.5, Status.FINISHED)
+    got = read_update(wire.encode_update(coordinates(), bits), Kind.COORDINATES, bits)
+    assert (got.counts.tolist(), got.scalars.tolist()) == ([1, 0, 2], [0.5, -0.25, 8.0])
+
+
+@given(st.floats(-(2.0**120), 2.0**120, width=32))
+def test_sixteen_bit_scalars_are_the_nearest_ones(value: float) -> None:
+    rounded = float(wire.round_scalars(np.array([value], dtype=np.float32), 16)[0])
+    assert abs(rounded - value) <= abs(value) * 2.0**-8 or abs(value) < 2.0**-120
+    again = wire.round_scalars(np.array([rounded], dtype=np.float32), 16)
+    assert float(again[0]) == rounded
+
+
+def test_paper_byte_counts_of_fedkseed() -> None:
+    """4 + 4 K + 8 tau = 17,988 bytes at K = 4096, tau = 200 (arXiv 2312.06353); ours for the same round are fewer."""
+    pool = Pool("hadamard", 0, 4096)
+    full = PoolCoefficients(pool, np.ones((1, 4096), np.int32), np.zeros(1, np.int32))
+    down = len(wire.encode_instruction(instruction(pools=(full,)), 8))
+    up = len(wire.encode_update(scalars(steps=200, scalars=np.ones(200, np.float32)), 16))
+    assert 4 + 4 * 4096 + 8 * 200 == 17_988
+    assert (down, up) == (4096 + 71, 400 + 37)
+
+
+HEAD = struct.Struct("<2sBBI")
+
+
+def tampered_instructions() -> dict[str, tuple[bytes, type[WireError], str]]:
+    good = wire.encode_instruction(instruction(), 4)
+    weighted = wire.encode_instruction(instruction(draw_weights=np.ones(8, np.uint16)), 4)
+    body = 8 + 16 * 3 + 4  # first byte of the first pool
+    return {
+        "empty": (b"", MalformedMessageError, "ends after 0 bytes"),
+        "truncated": (good[:-3], MalformedMessageError, "were announced"),
+        "one byte too long": (good + b"\0", MalformedMessageError, "were announced"),
+        "foreign magic": (b"XX" + good[2:], MalformedMessageError, "not a fedtune message"),
+        "future version": (good[:2] + b"\x09" + good[3:], MalformedMessageError, "install the same fedtune"),
+        "wrong kind": (good[:3] + b"\x02" + good[4:], MalformedMessageError, "kind 2"),
+        "too many pools": (good[: body - 2] + b"\xff\xff" + good[body:], MismatchError, "at most 3"),
+        "no pool": (good[: body - 2] + b"\0\0" + good[body:], MismatchError, "at most 3"),
+        "another pool": (good[:body] + b"\0" * 8 + good[body + 8 :], MismatchError, "same seed, family and K"),
+        "unknown form": (good[: body + 8] + b"\x07" + good[body + 9 :], MalformedMessageError, "no form 7"),
+        "exponent out of range": (good[: body + 9] + b"\x7f" + good[body + 10 :], MalformedMessageError, "exponent"),
+        "value outside the grid": (
+            good[: body + 10] + b"\0" * 4 + good[body + 14 :],
+            MalformedMessageError,
+            "outside its grid",
+        ),
+        "strange flag": (good[:-1] + b"\x02", MalformedMessageError, "flag is 2"),
+        "announced weights missing": (good[:-1] + b"\x01", MalformedMessageError, "were announced"),
+        "a seed without a chance": (weighted[:-2] + b"\0\0", MalformedMessageError, "no chance"),
+    }
+
+
+@pytest.mark.parametrize("name", tampered_instructions())
+def test_a_hostile_instruction_is_refused(name: str) -> None:
+    data, kind, text = tampered_instructions()[name]
+    with pytest.raises(kind, match=text):
+        read_instruction(data)
+
+
+def tampered_updates() -> dict[str, tuple[bytes, Kind, type[WireError], str]]:
+    good = wire.encode_update(scalars(), 32)
+    table = wire.encode_update(coordinates(), 32)
+    nan = scalars(scalars=np.array([1.0, np.nan, 0.0], np.float32))
+    s, c = Kind.SCALARS, Kind.COORDINATES
+    return {
+        "empty": (b"", s, MalformedMessageError, "ends after 0 bytes"),
+        "truncated": (good[:-1], s, MalformedMessageError, "were announced"),
+        "too long": (good + b"\0\0\0\0", s, MalformedMessageError, "were announced"),
+        "four billion steps": (good[:25] + b"\xff" * 4 + good[29:], s, MalformedMessageError, "at most 50"),
+        "more steps than sent": (good[:25] + b"\x05\0\0\0" + good[29:], s, MalformedMessageError, "were announced"),
+        "no samples": (good[:29] + b"\0" * 4 + good[33:], s, MalformedMessageError, "on 0 samples"),
+        "unknown status": (good[:24] + b"\x09" + good[25:], s, MalformedMessageError, "no status 9"),
+        "old round": (wire.encode_update(scalars(round=3), 32), s, MismatchError, "round 3; this is round 4"),
+        "another model": (wire.encode_update(scalars(digest=b"x" * 16), 32), s, MismatchError, "another model"),
+        "other algorithm": (table, s, MalformedMessageError, "kind 3"),
+        "NaN scalar": (wire.encode_update(nan, 32), s, NonFiniteError, "not finite"),
+        "infinite loss": (wire.encode_update(scalars(train_loss=float("inf")), 32), s, NonFiniteError, "not finite"),
+        "more coordinates than seeds": (
+            wire.encode_update(coordinates(counts=np.array([9, 0, 2])), 32), c, MalformedMessageError, "the pool has 8",
+        ),
+        "fewer coordinates than announced": (
+            wire.encode_update(coordinates(counts=np.array([2, 0, 2])), 32), c, MalformedMessageError, "were announced",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", tampered_updates())
+def test_a_hostile_update_is_refused(name: str) -> None:
+    data, kind, error, text = tampered_updates()[name]
+    with pytest.raises(error, match=text):
+        read_update(data, kind)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.booleans())
+def test_random_bytes_never_cause_anything_but_a_wire_error(noise: bytes, with_head: bool) -> None:
+    good = wire.encode_update(scalars(), 32)
+    data = good[:8] + noise if with_head else noise
+    for kind in (Kind.SCALARS, Kind.COORDINATES):
+        try:
+            read_update(data, kind)
+        except WireError:
+            continue
+    try:
+        read_instruction(HEAD.pack(b"FT", 1, 1, 1) + noise if with_head else noise)
+    except WireError:
+        pass
