@@ -4,8 +4,8 @@ A family maps (pool seed, k, position) to a value z_k[p], and to nothing else: n
 E[z z^T] = I over pool seeds. Positions come from `fedtune.layout`: element i of a tensor is at `entry.origin + i`.
 
 A family works on contiguous 1-D float32 numpy arrays, a run of positions p0 .. p0+m-1 at a time; `engine.py` cuts
-tensors of any dtype, device and layout into such runs. A kernel for another device is a sibling of the CPU one
-(cpu.py now; a Triton one later) that gives the same values.
+tensors of any dtype, device and layout into such runs. `cpu/` holds the kernels; those for another device are a sibling
+of that folder and give the same values.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Family(ABC):
     """Values are +1 or -1, so sums of grid coefficients are exact in float32 and equal on every device."""
     fast_combine: ClassVar[bool]
     """The cost of `combine` and `project` does not grow with K, so a replica is rebuilt rather than copied."""
+    whole: ClassVar[bool] = False
+    """A direction is drawn as a whole, so the pool is walked seed by seed and not tensor by tensor."""
 
     def __init__(self, pool: Pool, layout: Layout) -> None:
         self.pool, self.layout = pool, layout
@@ -76,8 +78,8 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def project(self, delta: F32, p0: int, wanted: npt.NDArray[np.bool_] | None) -> F64:
-        """float64 [K]: sum_i delta[i] * z_k[p0 + i], zero where not `wanted` (bool [K]; None: all).
+    def project(self, sums: F64, delta: F32, p0: int, wanted: npt.NDArray[np.bool_] | None) -> None:
+        """sums[k] += sum_i delta[i] * z_k[p0 + i] for every k that is `wanted` (bool [K]; None: all); sums is float64 [K].
 
         The order of summation is fixed by p0 and len(delta), never by the number of threads.
         """

@@ -1,0 +1,58 @@
+"""How a kernel is compiled: numba without fast-math, released from the interpreter lock, and kept on disk where that works.
+
+numba notices a change of a kernel's own file only, not of a file whose functions it calls, so the folder of the cache
+is named after the text of all kernels. Where no folder can be written, kernels are compiled once per process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False, "boundscheck": False}
+
+
+def kernel(function: Function) -> Function:
+    """Compile `function` on its first call for each signature."""
+    folder = _cache_folder()
+    if folder is None:
+        return numba.njit(**OPTIONS)(function)  # type: ignore[no-any-return]
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = folder
+    try:
+        return numba.njit(cache=True, **OPTIONS)(function)  # type: ignore[no-any-return]
+    except (RuntimeError, OSError):  # numba: "cannot cache function: no locator available"
+        return numba.njit(**OPTIONS)(function)  # type: ignore[no-any-return]
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@cache
+def _cache_folder() -> str | None:
+    """The first writable of: NUMBA_CACHE_DIR, this package's __pycache__, the user's cache; None if there is none."""
+    here = Path(__file__).parent
+    texts = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
+    name = f"kernels-{hashlib.sha256(texts).hexdigest()[:16]}"
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    for parent in (os.environ.get("NUMBA_CACHE_DIR"), here / "__pycache__", os.path.join(user, "fedtune")):
+        if parent and _writable(folder := Path(parent) / name):
+            return str(folder)
+    return None
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,153 @@
+"""Family hadamard on the CPU: one fast Walsh-Hadamard transform a tile, whatever the size of the pool.
+
+z_k[p] = D[p] * (-1)^popcount(i & pi_t(k)) with i = p mod n and t = p // n. D is one random bit a position, shared by the
+pool; pi_t is the tile's permutation of the columns. A run may start and end inside a tile: the columns are then folded to
+the width that the run needs, since H[i, c] with i < 2^b depends on c mod 2^b only.
+
+`tile` is int64 [6]: key words 0 and 1 of the pool, log2 n, and the three shifts of the permutation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fedtune.directions.counters import COLUMNS, SIGNS
+from fedtune.directions.cpu.compiled import kernel
+from fedtune.directions.cpu.philox import random_blocks
+from fedtune.directions.cpu.signs import add_signs, copy_unless_same, flip
+from fedtune.directions.cpu.transform import TURN, walsh_hadamard
+
+# Bit i of mask q is bit q of i, so the signs of column c over 32 positions are the xor of the masks of its set bits.
+MASKS = np.array([0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000], dtype=np.uint32)
+
+
+@kernel
+def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
+    """out[i] = base[i] + c * z_k[p0 + i], from sign bits alone."""
+    n = 1 << tile[2]
+    column = np.empty(1, np.uint32)
+    words = np.empty((min(n, out.shape[0] + 254) >> 7, 4), np.uint32)
+    done = 0
+    while done < out.shape[0]:
+        p = p0 + done
+        size = min(n - (p & (n - 1)), out.shape[0] - done)
+        run = out[done : done + size]
+        copy_unless_same(run, base[done : done + size])
+        _columns(column, k, p >> tile[2], tile, tile[2], 0)
+        signs = _signs(words, p, size, tile)
+        _column_signs(signs, p >> 7 << 2 & ((n >> 5) - 1), np.int64(column[0]))
+        add_signs(run, signs, p & 127, np.float32(c))
+        done += size
+
+
+@kernel
+def combine(out: Any, base: Any, p0: int, coefficients: Any, tile: Any) -> None:
+    """out[i] = base[i] + sum_k coefficients[k] * z_k[p0 + i]."""
+    n = 1 << tile[2]
+    sums, spare = np.empty(n, np.float32), np.empty(n, np.float32)
+    words = np.empty((n >> 7, 4), np.uint32)
+    columns = np.empty(coefficients.shape[0], np.uint32)
+    done = 0
+    while done < out.shape[0]:
+        p = p0 + done
+        start = p & (n - 1)
+        size = min(n - start, out.shape[0] - done)
+        bits = _width(start + size)
+        folded = sums[: 1 << bits]
+        folded[:] = np.float32(0.0)
+        _columns(columns, 0, p >> tile[2], tile, bits, TURN)
+        for k in range(columns.shape[0]):
+            folded[columns[k]] += coefficients[k]
+        walsh_hadamard(folded, spare[: 1 << bits])
+        part = folded[start : start + size]
+        flip(part, _signs(words, p, size, tile), p & 127)
+        run = out[done : done + size]
+        copy_unless_same(run, base[done : done + size])
+        for i in range(size):
+            run[i] += part[i]
+        done += size
+
+
+@kernel
+def project(sums: Any, delta: Any, p0: int, tile: Any) -> None:
+    """sums float64 [K] += sum_i delta[i] * z_k[p0 + i]; float32 within a tile, float64 over tiles, in order of position."""
+    n = 1 << tile[2]
+    values, spare = np.empty(n, np.float32), np.empty(n, np.float32)
+    words = np.empty((n >> 7, 4), np.uint32)
+    columns = np.empty(sums.shape[0], np.uint32)
+    done = 0
+    while done < delta.shape[0]:
+        p = p0 + done
+        start = p & (n - 1)
+        size = min(n - start, delta.shape[0] - done)
+        bits = _width(start + size)
+        width = 1 << bits
+        values[:start] = np.float32(0.0)
+        values[start : start + size] = delta[done : done + size]
+        values[start + size : width] = np.float32(0.0)
+        flip(values[start : start + size], _signs(words, p, size, tile), p & 127)
+        walsh_hadamard(values[:width], spare[:width])
+        _columns(columns, 0, p >> tile[2], tile, bits, bits - TURN)
+        for k in range(columns.shape[0]):
+            sums[k] += np.float64(values[columns[k]])
+        done += size
+
+
+@kernel
+def _columns(columns: Any, first: int, number: int, tile: Any, bits: int, turn: int) -> None:
+    """columns[j] = pi_t(first + j) mod 2^bits, then rotated left by `turn` bits; t = number."""
+    words = np.empty((1, 4), np.uint32)
+    random_blocks(words, number, 0, COLUMNS, tile[0], tile[1])
+    mask = np.uint32((1 << tile[2]) - 1)
+    fold = np.uint32((1 << bits) - 1)
+    left, right = np.uint32(turn), np.uint32(bits - turn)
+    start = np.uint32(words[0, 3] + np.uint32(first))
+    odd0, odd1, odd2 = np.uint32(words[0, 0] | 1), np.uint32(words[0, 1] | 1), np.uint32(words[0, 2] | 1)
+    add0, add1, add2 = np.uint32(words[0, 0] >> 16), np.uint32(words[0, 1] >> 16), np.uint32(words[0, 2] >> 16)
+    shift0, shift1, shift2 = np.uint32(tile[3]), np.uint32(tile[4]), np.uint32(tile[5])
+    for j in range(columns.shape[0]):
+        x = np.uint32(np.uint32(np.uint32(j) + start) & mask)
+        x = np.uint32(np.uint32(np.uint32(x * odd0) + add0) & mask)
+        x = np.uint32(x ^ (x >> shift0))
+        x = np.uint32(np.uint32(np.uint32(x * odd1) + add1) & mask)
+        x = np.uint32(x ^ (x >> shift1))
+        x = np.uint32(np.uint32(np.uint32(x * odd2) + add2) & mask)
+        x = np.uint32(np.uint32(x ^ (x >> shift2)) & fold)
+        columns[j] = np.uint32(np.uint32(x << left) | np.uint32(x >> right)) & fold
+
+
+@kernel
+def _signs(words: Any, p: int, size: int, tile: Any) -> Any:
+    """The words of D from the block of position p to that of p + size - 1, flat; fills and returns a part of `words`."""
+    first, last = p >> 7, (p + size + 127) >> 7
+    blocks = words[: last - first]
+    random_blocks(blocks, first, 0, SIGNS, tile[0], tile[1])
+    return blocks.reshape(blocks.shape[0] * 4)
+
+
+@kernel
+def _column_signs(words: Any, first: int, column: int) -> None:
+    """Flip in `words` the bits where the Walsh-Hadamard column is -1; words[0] is word `first` of its tile."""
+    low = np.uint32(0)
+    for q in range(5):
+        if column >> q & 1:
+            low ^= MASKS[q]
+    high = np.uint32(column >> 5)
+    for j in range(words.shape[0]):
+        parity = np.uint32(np.uint32(j + first) & high)
+        parity ^= parity >> np.uint32(8)
+        parity ^= parity >> np.uint32(4)
+        parity ^= parity >> np.uint32(2)
+        parity ^= parity >> np.uint32(1)
+        words[j] ^= np.uint32(low ^ np.uint32(-np.int32(parity & np.uint32(1))))
+
+
+@kernel
+def _width(end: int) -> int:
+    """The smallest b >= TURN with 2^b >= end."""
+    bits = TURN
+    while 1 << bits < end:
+        bits += 1
+    return bits

@@ -1,0 +1,62 @@
+"""Random signs, one bit a position, applied to runs of floats 32 at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fedtune.directions.cpu.compiled import kernel
+
+LANES = (np.uint32(1) << np.arange(32, dtype=np.uint32)).astype(np.uint32)
+
+
+@kernel
+def copy_unless_same(out: Any, base: Any) -> None:
+    """out = base; nothing where they are one array. The kernels then work in place: a loop over two arrays that may be
+    one and the same is compiled to scalar code."""
+    if out.ctypes.data != base.ctypes.data:
+        for i in range(out.shape[0]):
+            out[i] = base[i]
+
+
+@kernel
+def add_signs(out: Any, words: Any, offset: int, c: Any) -> None:
+    """out[i] += -c where bit (offset + i) of the uint32 `words` is set, else += c."""
+    count = out.shape[0]
+    head = min(count, (32 - (offset & 31)) & 31)
+    for i in range(head):
+        bit = offset + i
+        out[i] += -c if words[bit >> 5] & LANES[bit & 31] != 0 else c
+    first = (offset + head) >> 5
+    whole = (count - head) >> 5
+    for j in range(whole):
+        word = words[first + j]
+        run = out[head + 32 * j : head + 32 * j + 32]
+        for i in range(32):
+            run[i] += -c if word & LANES[i] != 0 else c
+    done = head + 32 * whole
+    for i in range(count - done):
+        out[done + i] += -c if words[first + whole] & LANES[i] != 0 else c
+
+
+@kernel
+def flip(values: Any, words: Any, offset: int) -> None:
+    """values[i] = -values[i] where bit (offset + i) of the uint32 `words` is set."""
+    count = values.shape[0]
+    head = min(count, (32 - (offset & 31)) & 31)
+    for i in range(head):
+        bit = offset + i
+        if words[bit >> 5] & LANES[bit & 31] != 0:
+            values[i] = -values[i]
+    first = (offset + head) >> 5
+    whole = (count - head) >> 5
+    for j in range(whole):
+        word = words[first + j]
+        run = values[head + 32 * j : head + 32 * j + 32]
+        for i in range(32):
+            run[i] = -run[i] if word & LANES[i] != 0 else run[i]
+    done = head + 32 * whole
+    for i in range(count - done):
+        if words[first + whole] & LANES[i] != 0:
+            values[done + i] = -values[done + i]

@@ -1,0 +1,94 @@
+"""The directions of a pool, dense and in float64: slow, short, and plainly what the contract says.
+
+Every fast kernel is tested against this file. It computes one family at a time from the definitions, on whole arrays of
+positions, with numpy's arithmetic and the numpy Philox of `fedtune.philox`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.directions.base import F64, Pool
+from fedtune.directions.counters import COLUMNS, GAUSSIAN, RADEMACHER, SIGNS, column_shifts, pool_key, tile_bits
+from fedtune.errors import DirectionsError
+from fedtune.layout import Layout
+from fedtune.philox import MASK32, philox4x32
+from fedtune.seeds import Stream
+
+I64 = npt.NDArray[np.int64]
+
+
+def dense(pool: Pool, layout: Layout) -> F64:
+    """float64 [K, d]: row k is z_k over all trainable elements, tensors joined in layout order."""
+    if pool.family == "torch":
+        return _torch(pool, layout)
+    rules = {"hadamard": hadamard, "rademacher": rademacher, "gaussian": gaussian}
+    if pool.family not in rules:
+        raise DirectionsError(f"The oracle knows no family '{pool.family}'.", family=pool.family)
+    positions = np.concatenate([np.arange(e.origin, e.origin + e.numel) for e in layout.entries])
+    return np.stack([rules[pool.family](pool, k, positions) for k in range(pool.size)])
+
+
+def hadamard(pool: Pool, k: int, positions: I64) -> F64:
+    """z_k[p] = D[p] * (-1)^popcount(i & pi_t(k)), i = p mod n, t = p // n."""
+    n = 1 << tile_bits(pool.size)
+    columns = {int(t): column(pool, int(t), k) for t in np.unique(positions // n)}
+    parity = [(int(p) % n & columns[int(p) // n]).bit_count() % 2 for p in positions]
+    return np.asarray(_sign_bits(pool, SIGNS, 0, positions) ^ np.array(parity)) * -2.0 + 1.0
+
+
+def rademacher(pool: Pool, k: int, positions: I64) -> F64:
+    """z_k[p] = -1 where the bit of position p is set, else 1."""
+    return _sign_bits(pool, RADEMACHER, k, positions) * -2.0 + 1.0
+
+
+def gaussian(pool: Pool, k: int, positions: I64) -> F64:
+    """Box-Muller on the word pairs (0, 1) and (2, 3) of each block of four positions, with exact functions.
+
+    The first word of a pair gives the radius from u = (word + 1/2) / 2^32, the second the angle in turns; the even
+    position takes the cosine, the odd one the sine.
+    """
+    words = philox4x32(_counters(positions // 4, k, GAUSSIAN), pool_key(pool)).astype(np.float64)
+    rows, pair = np.arange(len(positions)), positions % 4 // 2
+    radius = np.sqrt(-2.0 * np.log((words[rows, 2 * pair] + 0.5) / 2.0**32))
+    angle = 2.0 * math.pi * words[rows, 2 * pair + 1] / 2.0**32
+    return np.asarray(radius * np.where(positions % 2 == 0, np.cos(angle), np.sin(angle)))
+
+
+def column(pool: Pool, tile: int, k: int) -> int:
+    """pi_t(k): the Walsh-Hadamard column that seed k has in tile t."""
+    bits = tile_bits(pool.size)
+    words = [int(w) for w in philox4x32(_counters(np.array([tile]), 0, COLUMNS), pool_key(pool))[0]]
+    x = (k + words[3]) % (1 << bits)
+    for word, shift in zip(words, column_shifts(bits), strict=False):
+        x = (x * (word | 1) + (word >> 16)) % (1 << bits)
+        x ^= x >> shift
+    return x
+
+
+def _sign_bits(pool: Pool, purpose: int, k: int, positions: I64) -> I64:
+    words = philox4x32(_counters(positions // 128, k, purpose), pool_key(pool)).astype(np.int64)
+    return words[np.arange(len(positions)), positions % 128 // 32] >> (positions % 32) & 1
+
+
+def _counters(blocks: I64, k: int, purpose: int) -> npt.NDArray[np.uint32]:
+    counters = np.zeros((len(blocks), 4), dtype=np.uint32)
+    counters[:, 0], counters[:, 1] = blocks & MASK32, blocks >> 32
+    counters[:, 2], counters[:, 3] = k, purpose
+    return counters
+
+
+def _torch(pool: Pool, layout: Layout) -> F64:
+    """What the official codes draw: reseed the global generator, then one torch.normal per tensor. Leaves it as it was."""
+    literal = pool.candidates or tuple(int(s) for s in Stream(pool.seed, "candidates").below(10**11, pool.size))
+    rows = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in literal:
+            torch.manual_seed(seed)
+            drawn = [torch.normal(0.0, 1.0, size=e.shape, dtype=torch.float32).reshape(-1) for e in layout.entries]
+            rows.append(torch.cat(drawn).double().numpy())
+    return np.stack(rows)
