@@ -78,7 +78,8 @@ class Directions:
         shape = (self.layout.blocks, self.pool.size)
         if coefficients.shape != shape or coefficients.dtype != np.float32:
             raise DirectionsError(
-                f"Coefficients must be float32 [blocks, K] = {list(shape)}, not {coefficients.dtype} {list(coefficients.shape)}."
+                f"Coefficients must be float32 [blocks, K] = {list(shape)}, "
+                f"not {coefficients.dtype} {list(coefficients.shape)}."
             )
         if not np.isfinite(coefficients).all():
             raise DirectionsError("Coefficients must be finite: a NaN or infinity would spread over the whole model.")
@@ -141,9 +142,9 @@ class Directions:
         if _direct(delta):
             self.family.project(sums, _array(delta), p0, wanted)
             return sums
-        for start, part in enumerate(delta.split(CHUNK)):
-            host = part.to(device="cpu", dtype=torch.float32).contiguous()
-            self.family.project(sums, _array(host), p0 + start * CHUNK, wanted)
+        for a in range(0, len(delta), CHUNK):
+            host = delta[a : a + CHUNK].to(device="cpu", dtype=torch.float32).contiguous()
+            self.family.project(sums, _array(host), p0 + a, wanted)
         return sums
 
     # ------------------------------------------------------------------ families that draw a direction as a whole

@@ -56,7 +56,8 @@ def gaussian(pool: Pool, k: int, positions: I64) -> F64:
     rows, pair = np.arange(len(positions)), positions % 4 // 2
     radius = np.sqrt(-2.0 * np.log((words[rows, 2 * pair] + 0.5) / 2.0**32))
     angle = 2.0 * math.pi * words[rows, 2 * pair + 1] / 2.0**32
-    return np.asarray(radius * np.where(positions % 2 == 0, np.cos(angle), np.sin(angle)))
+    values: F64 = radius * np.where(positions % 2 == 0, np.cos(angle), np.sin(angle))
+    return values
 
 
 def column(pool: Pool, tile: int, k: int) -> int:

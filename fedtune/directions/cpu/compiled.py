@@ -26,14 +26,15 @@ def kernel(function: Function) -> Function:
     folder = _cache_folder()
     if folder is None:
         return numba.njit(**OPTIONS)(function)  # type: ignore[no-any-return]
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = folder
+    settings: Any = numba.config
+    before = settings.CACHE_DIR
+    settings.CACHE_DIR = folder
     try:
         return numba.njit(cache=True, **OPTIONS)(function)  # type: ignore[no-any-return]
     except (RuntimeError, OSError):  # numba: "cannot cache function: no locator available"
         return numba.njit(**OPTIONS)(function)  # type: ignore[no-any-return]
     finally:
-        numba.config.CACHE_DIR = before
+        settings.CACHE_DIR = before
 
 
 @cache

@@ -37,7 +37,7 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
         copy_unless_same(run, base[done : done + size])
         _columns(column, k, p >> tile[2], tile, tile[2], 0)
         signs = _signs(words, p, size, tile)
-        _column_signs(signs, p >> 7 << 2 & ((n >> 5) - 1), np.int64(column[0]))
+        _column_signs(signs, p >> 7 << 2 & ((n >> 5) - 1), column[0])
         add_signs(run, signs, p & 127, np.float32(c))
         done += size
 
@@ -128,13 +128,13 @@ def _signs(words: Any, p: int, size: int, tile: Any) -> Any:
 
 
 @kernel
-def _column_signs(words: Any, first: int, column: int) -> None:
+def _column_signs(words: Any, first: int, column: Any) -> None:
     """Flip in `words` the bits where the Walsh-Hadamard column is -1; words[0] is word `first` of its tile."""
     low = np.uint32(0)
     for q in range(5):
-        if column >> q & 1:
+        if column >> np.uint32(q) & np.uint32(1):
             low ^= MASKS[q]
-    high = np.uint32(column >> 5)
+    high = np.uint32(column >> np.uint32(5))
     for j in range(words.shape[0]):
         parity = np.uint32(np.uint32(j + first) & high)
         parity ^= parity >> np.uint32(8)
