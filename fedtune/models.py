@@ -124,15 +124,13 @@ def _local_folder(source: str, config: RunConfig) -> Path:
         )
     code = ["*.py"] if config.trust_remote_code else []
     try:
-        with _quiet():
-            return Path(
-                snapshot_download(
-                    source,
-                    revision=config.revision or None,
-                    allow_patterns=_HUB_FILES + code,
-                    ignore_patterns=["*/*", "consolidated*"],
-                )
-            )
+        fetched = snapshot_download(
+            source,
+            revision=config.revision or None,
+            allow_patterns=_HUB_FILES + code,
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+        return Path(fetched)
     except LocalEntryNotFoundError:
         raise ModelError(
             f"There is no folder '{source}', and the hub cannot be reached to fetch a model of that name: "

@@ -1,0 +1,1 @@
+"""From a file of instructions to each client's tokens: samples, templates, encode, partition, batches, federated."""
