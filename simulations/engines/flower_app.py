@@ -53,4 +53,4 @@ def _toml(value: Scalar) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(config_lines(RunConfig())))
+    print("\n".join(config_lines(RunConfig.from_mapping({}))))

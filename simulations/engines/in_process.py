@@ -16,7 +16,6 @@ def run_in_process(config: RunConfig) -> dict[str, object]:
     """
     import client.app
     import server.app
-
     from fedtune.run_folder import RunFolder
 
     grid = LocalGrid(client.app.app, config.clients, config.as_mapping(), seed=config.seed)
