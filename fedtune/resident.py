@@ -26,6 +26,7 @@ _DATA_SETTINGS = (
     "holdout",
     "holdout_category",
     "holdout_file",
+    "eval_samples",
     "clients",
     "seed",
     "model",

@@ -114,10 +114,12 @@ class Run:
             instructions = strategy.configure_train(number, ArrayRecord(), ConfigRecord(), self.grid)
         with self._phase("clients"):
             replies = self._exchange(instructions, self.config.round_timeout)
+            strategy.note_sent(instructions)
             more = strategy.configure_catch_up(number, replies)
             if more:
                 replies = [reply for reply in replies if not is_behind(reply)]
                 replies += self._exchange(more, self.config.round_timeout)
+                strategy.note_sent(more)
         with self._phase("aggregate"):
             strategy.aggregate_train(number, replies)
 
@@ -127,7 +129,6 @@ class Run:
             return []
         deadline = time.monotonic() + timeout
         waiting = set(self.grid.push_messages(messages))
-        self.strategy.note_sent(messages)
         replies: list[Message] = []
         while waiting:
             arrived = list(self.grid.pull_messages(list(waiting)))
@@ -148,9 +149,8 @@ class Run:
             return None, None
         with self._phase("rebuild"):
             here.replica.become(self.strategy.model, self.strategy.digest)
-        heldout = here.data.heldout[: config.eval_samples or None]
         with self._phase("evaluate"):
-            loss = evaluate(here.language_model, heldout, config.eval_batch_size)
+            loss = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
         if not (ends and config.generate_samples):
             return loss, None
         with self._phase("generate"):

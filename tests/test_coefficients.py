@@ -56,9 +56,8 @@ def test_a_digest_names_base_pool_and_coefficients() -> None:
         q[0, 0] = first
         return Coefficients((PoolCoefficients(pool, q, np.array([exponent], np.int32)),)).digest(base)
 
-    others = [
-        digest(Pool("hadamard", 2, 64)), digest(Pool("gaussian", 1, 64)), digest(first=2), digest(exponent=1), digest(base=b"c" * 16),
-    ]  # fmt: skip
+    pools = [digest(Pool("hadamard", 2, 64)), digest(Pool("gaussian", 1, 64))]
+    others = [*pools, digest(first=2), digest(exponent=1), digest(base=b"c" * 16)]
     assert digest() not in others
     assert len(set(others)) == len(others)
     assert digest() == digest()

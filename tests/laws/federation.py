@@ -1,0 +1,80 @@
+"""A whole tiny federation in this process, with hooks to misbehave: what the law tests run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+import client.app
+import server.app
+from fedtune.config import RunConfig
+from fedtune.progress import ClientFinished, Event, listening
+from fedtune.run_folder import RunFolder
+from simulations.engines.local_grid import Faults, LocalGrid
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "fedkseed": {"algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3},
+    "fedkseed-pro": {"algorithm": "fedkseed-pro", "K": 64, "lr": 1e-3, "eps": 1e-3},
+    "fedkseed-fresh": {"algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "pool_every": 1},
+    "ferret": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "pool_every": 1},
+    "ferret-fixed": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "momentum": 0.5, "reconstruction": "shrunken"},
+}
+ALGORITHMS = tuple(SETTINGS)
+
+
+@dataclass
+class Outcome:
+    """What a run left behind."""
+
+    folder: RunFolder
+    summary: dict[str, object]
+    digests: list[str]
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def config(name: str, model: Path, data: Path, out: Path, **changes: object) -> RunConfig:
+    """A run of three rounds, three of four clients, four steps."""
+    small = {
+        "model": str(model), "data": str(data), "out": str(out), "clients": 4, "clients_per_round": 3, "rounds": 3,
+        "local_steps": 4, "max_length": 64, "template": "plain", "min_samples": 2, "threads": 1, "holdout": 0.2, "seed": 11,
+    }  # fmt: skip
+    return RunConfig.from_mapping({**small, **SETTINGS[name], **changes})
+
+
+def run(
+    settings: RunConfig,
+    faults: Faults | None = None,
+    handler: Callable[[Message, Context], Message] = client.app.app,
+) -> Outcome:
+    """Run to the end on a LocalGrid."""
+    refused: dict[str, str] = {}
+
+    def listen(event: Event) -> None:
+        if isinstance(event, ClientFinished) and event.problem:
+            refused[f"{event.round}/{event.client}"] = event.problem
+
+    grid = LocalGrid(handler, settings.clients, settings.as_mapping(), seed=settings.seed, faults=faults)
+    with listening(listen):
+        server.app.app(grid, grid.server_context())
+    folder = RunFolder.open(settings.out)
+    digests = [str(row["digest"]) for row in folder.read_metrics()]
+    return Outcome(folder, folder.summary(), digests, refused)
+
+
+def with_payload(reply: Message, payload: bytes | None) -> Message:
+    """The reply with other bytes in it (None: without a payload)."""
+    record = ConfigRecord({} if payload is None else {"payload": payload})
+    changed = Message(RecordDict({"fedtune": record}), reply_to=reply)
+    changed.metadata.__dict__.update(reply.metadata.__dict__)
+    return changed
+
+
+def payload_of(message: Message) -> bytes | None:
+    """The payload of a training message or reply; None for anything else."""
+    if message.has_error() or "fedtune" not in message.content.config_records:
+        return None
+    payload = message.content.config_records["fedtune"].get("payload")
+    return payload if isinstance(payload, bytes) else None

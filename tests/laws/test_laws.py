@@ -1,0 +1,263 @@
+"""Every algorithm x every law (the invariants that make a federation trustworthy), on a real tiny Llama.
+
+Each law runs through the same ServerApp, ClientApp and message bytes as a deployment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message
+
+import client.app
+from client.worker import Identity, Worker
+from fedtune import wire
+from fedtune.algorithms import ALGORITHMS as RECORDS
+from fedtune.coefficients import Coefficients
+from fedtune.config import RunConfig
+from fedtune.errors import DivergedError, Interrupted
+from fedtune.progress import ClientStep, Event, clear_stop, listening, request_stop
+from fedtune.resident import Resident, release, resident
+from fedtune.run_folder import RunFolder
+from fedtune.wire import Kind
+from simulations.engines.local_grid import Faults
+from tests.laws.federation import ALGORITHMS, SETTINGS, config, payload_of, run, with_payload
+
+pytestmark = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+@pytest.fixture
+def settings(name: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    def build(**changes: object) -> RunConfig:
+        return config(name, tiny_model, tiny_data, Path(str(changes.pop("out", tmp_path / "run"))), **changes)
+
+    return build
+
+
+def state_of(folder: RunFolder, here: Resident) -> Coefficients:
+    """The model of a run folder, decoded from its bytes."""
+    settings, layout = folder.config, here.replica.layout
+    algorithm = here.algorithm
+    complete = wire.decode_instruction(
+        folder.read_bytes("coefficients.bin"),
+        lambda number: algorithm.pool(settings, layout, number),
+        settings.rounds + 1,
+        layout.blocks,
+        settings.coefficient_bits,
+    )
+    return Coefficients(complete.pools)
+
+
+def weights_of(here: Resident) -> list[bytes]:
+    return [weight.detach().numpy().tobytes() for weight in here.replica.weights]
+
+
+# ---------------------------------------------------------------------------------------------------- law 1
+
+
+def test_perturbing_restores_the_weights(settings: Callable[..., RunConfig]) -> None:
+    """Also when the loss raises half way through the forward pass."""
+    here = resident(settings())
+    before = weights_of(here)
+    directions = here.replica.directions(here.algorithm.pool(here.config, here.replica.layout, 0))
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), here.replica.perturbation.at(directions, 5, 0.1):
+        changed = here.replica.model(input_ids=tokens).logits
+    assert weights_of(here) == before
+    with torch.no_grad():
+        assert not torch.equal(changed, here.replica.model(input_ids=tokens).logits)
+    broken = torch.tensor([[10**6]])
+    with pytest.raises(IndexError), torch.no_grad(), here.replica.perturbation.at(directions, 5, 0.1):
+        here.replica.model(input_ids=broken)
+    assert weights_of(here) == before
+
+
+# ---------------------------------------------------------------------------------------------------- law 2
+
+
+def test_replay_equals_live_and_late_join_equals_always_there(settings: Callable[..., RunConfig]) -> None:
+    """A process that was never there rebuilds the final model from one message, bit by bit."""
+    outcome = run(settings())
+    live = resident(settings())
+    live.replica.become(state_of(outcome.folder, live))
+    there = weights_of(live)
+    release()
+    late = resident(settings())
+    assert late is not live
+    digest = late.replica.become(state_of(outcome.folder, late))
+    assert digest.hex() == outcome.summary["digest"]
+    assert weights_of(late) == there
+    assert weights_of(late) != weights_of(Resident(settings()))
+
+
+def test_a_clients_own_model_is_what_the_server_rebuilds(settings: Callable[..., RunConfig], name: str) -> None:
+    """One client, finest grid: the weights it trained equal base plus coefficients (zeroth order), or point there (Ferret)."""
+    only = settings(clients=1, clients_per_round=1, rounds=1, coefficient_bits=24, scalar_bits=32, server_lr=1.0)
+    base = [weight.detach().clone() for weight in resident(only).replica.weights]
+    trained: list[torch.Tensor] = []
+
+    def handler(message: Message, context: Context) -> Message:
+        reply = client.app.app(message, context)
+        trained[:] = [weight.detach().clone() for weight in resident(only).replica.weights]
+        return reply
+
+    outcome = run(only, handler=handler)
+    here = resident(only)
+    here.replica.touch()
+    here.replica.become(state_of(outcome.folder, here))
+    live = torch.cat([(a - b).reshape(-1) for a, b in zip(trained, base, strict=True)])
+    rebuilt = torch.cat([(a.detach() - b).reshape(-1) for a, b in zip(here.replica.weights, base, strict=True)])
+    if RECORDS[SETTINGS[name]["algorithm"]].kind == Kind.SCALARS:
+        assert float((live - rebuilt).norm() / live.norm()) < 1e-3
+    else:
+        assert float(torch.dot(live, rebuilt)) > 0.0
+
+
+def test_a_client_that_missed_rounds_or_restarted_catches_up(settings: Callable[..., RunConfig]) -> None:
+    expected = run(settings()).summary["digest"]
+
+    def forgetful(message: Message, context: Context) -> Message:
+        context.state.config_records.pop("fedtune", None)
+        return client.app.app(message, context)
+
+    again = run(settings(out=settings().out + "-2"), handler=forgetful)
+    assert again.summary["digest"] == expected
+    assert not again.refused
+
+
+# ---------------------------------------------------------------------------------------------------- law 3
+
+
+def test_order_of_arrival_does_not_matter(settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    from simulations.engines.local_grid import LocalGrid
+
+    expected = run(settings()).digests
+    pull = LocalGrid.pull_messages
+    monkeypatch.setattr(LocalGrid, "pull_messages", lambda self, ids: list(reversed(pull(self, sorted(ids)))))
+    assert run(settings(out=settings().out + "-2")).digests == expected
+
+
+def test_an_empty_round_leaves_the_state(settings: Callable[..., RunConfig]) -> None:
+    def lost(message: Message) -> bool:
+        return message.metadata.group_id == "2"
+
+    outcome = run(settings(round_timeout=0.5), Faults(drop=lost))
+    assert outcome.digests[2] == outcome.digests[1]
+    assert outcome.digests[3] != outcome.digests[2]
+    assert len(outcome.refused) == 3
+    assert all("no answer within 0.5 s" in problem for problem in outcome.refused.values())
+
+
+# ---------------------------------------------------------------------------------------------------- law 4
+
+
+def spoil_nan(payload: bytes) -> bytes:
+    return payload[:-4] + np.array([np.nan], dtype="<f4").tobytes()
+
+
+HOSTILE: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
+    "no payload": (lambda payload: None, "MalformedMessageError: The reply carries no payload"),
+    "garbage": (lambda payload: b"\x93garbage" * 5, "MalformedMessageError: This is not a fedtune message"),
+    "truncated": (lambda payload: payload[:-1], "MalformedMessageError"),
+    "oversized": (lambda payload: payload + b"\0" * 100_000, "MalformedMessageError"),
+    "NaN": (spoil_nan, "NonFiniteError"),
+    "old round": (lambda payload: payload[:4] + b"\x07\0\0\0" + payload[8:], "MismatchError: The update is for round 7"),
+    "other model": (lambda payload: payload[:8] + b"?" * 16 + payload[24:], "MismatchError: The update starts from another"),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_update_is_refused_named_and_changes_nothing(settings: Callable[..., RunConfig], attack: str) -> None:
+    """The same run with the hostile client's messages dropped ends at the same digest."""
+    change, text = HOSTILE[attack]
+    asked = settings(rounds=1, scalar_bits=32)
+    victim: list[int] = []
+
+    def tamper(message: Message, reply: Message) -> Message:
+        payload = payload_of(reply)
+        if payload is None or message.metadata.message_type != "train":
+            return reply
+        victim.append(message.metadata.dst_node_id)
+        return with_payload(reply, change(payload)) if message.metadata.dst_node_id == victim[0] else reply
+
+    attacked = run(asked, Faults(tamper=tamper))
+    assert list(attacked.refused.values())[0].startswith(text)
+    assert len(attacked.refused) == 1
+    assert attacked.summary["updates_refused"] == 1
+    without = run(
+        asked.replace(out=asked.out + "-2", round_timeout=0.5),
+        Faults(drop=lambda message: message.metadata.message_type == "train" and message.metadata.dst_node_id == victim[0]),
+    )
+    assert attacked.digests == without.digests
+
+
+def test_a_replayed_update_is_refused(settings: Callable[..., RunConfig]) -> None:
+    """A valid answer of round 1, sent again in round 2."""
+    recorded: dict[int, bytes] = {}
+
+    def tamper(message: Message, reply: Message) -> Message:
+        payload = payload_of(reply)
+        if payload is None or message.metadata.message_type != "train":
+            return reply
+        if message.metadata.group_id == "1":
+            recorded[message.metadata.dst_node_id] = payload
+            return reply
+        old = recorded.get(message.metadata.dst_node_id)
+        return with_payload(reply, old) if old and message.metadata.group_id == "2" else reply
+
+    outcome = run(settings(rounds=2, clients_per_round=4), Faults(tamper=tamper))
+    assert len(outcome.refused) == 4
+    assert all("round 1; this is round 2" in problem for problem in outcome.refused.values())
+    assert outcome.digests[2] == outcome.digests[1]
+
+
+def test_a_loss_that_is_not_finite_is_reported_and_poisons_nothing(settings: Callable[..., RunConfig]) -> None:
+    """Defect elsewhere: an infinite loss becomes NaN weights, in the client and then in the global model."""
+    with pytest.raises(DivergedError, match="not finite after"):
+        run(settings(lr=1e30, rounds=5))
+    rows = RunFolder.open(settings().out).read_metrics()
+    assert len(rows) == 4
+    assert len({row["digest"] for row in rows}) == 1
+    assert all(row["eval_loss"] == rows[0]["eval_loss"] for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------- law 5
+
+
+def test_same_seed_same_digest_other_seed_other_digest(settings: Callable[..., RunConfig]) -> None:
+    first = run(settings())
+    release()
+    assert run(settings(out=settings().out + "-2")).digests == first.digests
+    assert run(settings(out=settings().out + "-3", seed=12)).summary["digest"] != first.summary["digest"]
+    assert len(set(first.digests)) == 4
+
+
+def test_a_stop_keeps_what_is_finished(settings: Callable[..., RunConfig]) -> None:
+    def stop_in_round_two(event: Event) -> None:
+        if isinstance(event, ClientStep) and len(RunFolder.open(settings().out).read_metrics()) == 2:
+            request_stop()
+
+    try:
+        with listening(stop_in_round_two), pytest.raises(Interrupted):
+            run(settings())
+    finally:
+        clear_stop()
+    stopped = [row["digest"] for row in RunFolder.open(settings().out).read_metrics()]
+    assert run(settings(out=settings().out + "-2")).digests[:2] == stopped
+
+
+def test_the_worker_refuses_another_model(settings: Callable[..., RunConfig]) -> None:
+    from fedtune.errors import MismatchError
+
+    asked = settings()
+    here = resident(asked)
+    strategy_bytes = run(asked).folder.read_bytes("coefficients.bin")
+    forged = strategy_bytes[:8] + b"?" * 16 + strategy_bytes[24:]
+    before = weights_of(here)
+    with pytest.raises(MismatchError, match="another base model"):
+        Worker(asked.replace(rounds=5)).train(Identity("0"), forged, [])
+    assert weights_of(here) == before
