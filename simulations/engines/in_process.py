@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedtune.config import RunConfig
+from fedtune.progress import Event, RunFinished, listening
 from simulations.engines.local_grid import Faults, LocalGrid
 
 __all__ = ["Faults", "LocalGrid", "run_in_process"]
@@ -16,8 +17,14 @@ def run_in_process(config: RunConfig) -> dict[str, object]:
     """
     import client.app
     import server.app
-    from fedtune.run_folder import RunFolder
+
+    summaries: list[dict[str, object]] = []
+
+    def note_summary(event: Event) -> None:
+        if isinstance(event, RunFinished):
+            summaries.append(event.summary)
 
     grid = LocalGrid(client.app.app, config.clients, config.as_mapping(), seed=config.seed)
-    server.app.app(grid, grid.server_context())
-    return RunFolder.open(config.out).summary()
+    with listening(note_summary):
+        server.app.app(grid, grid.server_context())
+    return summaries[-1]
