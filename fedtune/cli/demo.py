@@ -1,0 +1,39 @@
+"""`fedtune demo`: FedKSeed and Ferret on the model and the tasks that ship with fedtune, side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from fedtune.cli import presets
+from fedtune.cli.simulate import Engine, JsonOption, OutOption, QuietOption, run_folder, runner
+from fedtune.cli.tables import Summary, comparison_table
+from fedtune.cli.watch import watching
+from fedtune.run_folder import check_new
+
+PRESETS = ("demo_fedkseed", "demo_ferret")
+
+
+def demo(out: OutOption = "", as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Run both algorithms on a small model that ships with fedtune, on a CPU in minutes, and compare them.
+
+    [bold]fedtune demo --out runs/first[/bold] writes runs/first/demo_fedkseed and runs/first/demo_ferret.
+    """
+    configs = []
+    for name in PRESETS:
+        chosen = presets.choose(name)
+        configs.append(chosen.config.replace(out=str(Path(out) / name) if out else run_folder(chosen)))
+        check_new(configs[-1].out)
+    console = Console(stderr=as_json, highlight=False)
+    summaries: dict[str, Summary] = {}
+    for name, config in zip(PRESETS, configs, strict=True):
+        if not quiet:
+            console.print(f"\n{name}", style="bold", markup=False)
+        with watching(quiet=quiet, to_stderr=as_json):
+            summaries[name] = runner(Engine.in_process)(config)
+    if not (as_json and quiet):
+        console.print(comparison_table(summaries))
+    if as_json:
+        print(json.dumps(summaries))

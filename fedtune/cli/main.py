@@ -1,0 +1,122 @@
+"""The `fedtune` program: its commands, and what each way of failing prints and returns.
+
+Exit codes: 0 done, 1 an error that is explained in one sentence, 2 a command that was typed wrongly, 130 Ctrl-C.
+`--debug` anywhere on the line adds the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import fedtune
+from fedtune.cli.data import data_app
+from fedtune.cli.demo import demo
+from fedtune.cli.estimate import estimate
+from fedtune.cli.export import export
+from fedtune.cli.presets import presets
+from fedtune.cli.settings import settings
+from fedtune.cli.simulate import simulate
+from fedtune.errors import FedtuneError, Interrupted
+
+FAILED, MISTYPED, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="fedtune",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(
+    epilog="""Start here:
+
+[bold]fedtune demo[/bold]   two federated runs on a small model, in minutes
+
+[bold]fedtune simulate demo_ferret --set rounds=5[/bold]   one preset, one setting changed
+
+[bold]fedtune estimate my.toml[/bold]   memory, bytes and time before anything starts"""
+)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")] = False,
+) -> None:
+    """Fine-tune all weights of a language model across clients that keep their data, for kilobytes a round."""
+
+
+app.command("simulate")(simulate)
+app.command("demo")(demo)
+app.command("presets")(presets)
+app.add_typer(data_app, name="data")
+app.command("estimate")(estimate)
+app.command("export")(export)
+app.command("settings")(settings)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program with `arguments` (default: those of the process) and exit with its code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if given == ["--version"]:
+        print(f"fedtune {fedtune.__version__}")
+        sys.exit(0)
+    sys.exit(_run(given, debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    """Run one command and return the exit code; whatever is raised becomes a sentence on stderr."""
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="fedtune", standalone_mode=False)
+        sys.stdout.flush()
+        if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError:  # the help is printed by now
+        return MISTYPED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; so has its interest
+        return FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        message, exit_code = _explain(error)
+        return _fail(message, exit_code, debug)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What is printed for `error`, and the exit code."""
+    match error:
+        case click.UsageError():
+            path = error.ctx.command_path if error.ctx else "fedtune"
+            return f"{_sentence(error.format_message())} `{path} --help` explains the command.", MISTYPED
+        case Interrupted():
+            return str(error), INTERRUPTED
+        case KeyboardInterrupt() | click.Abort():
+            return "At once; the round in hand is not in the run folder, those before are.", INTERRUPTED
+        case FedtuneError() | click.ClickException():
+            return str(error), FAILED
+        case _:
+            what = _sentence(f"{type(error).__name__}: {error}".rstrip(": "))
+            return f"Unexpected {what} Run it again with --debug for the traceback.", FAILED
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble(("Stopped: " if code == INTERRUPTED else "Error: ", "bold red"), message), soft_wrap=True)
+    return code
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else text + "."

@@ -1,0 +1,121 @@
+"""Presets: where they are, what they are called, and how one becomes a checked config with `--set` applied."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedtune.config import RunConfig, Scalar
+from fedtune.errors import ConfigError
+
+PresetArgument = Annotated[
+    str, typer.Argument(metavar="PRESET", help="A TOML file, or a name from [bold]fedtune presets[/bold].", show_default=False)
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Change a setting; may be given again. [bold]fedtune settings[/bold] lists them.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A preset that ships with fedtune: `title` is its first comment line."""
+
+    name: str
+    path: Path
+    title: str
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A preset with its overrides applied; `label` names its run folders."""
+
+    label: str
+    config: RunConfig
+
+
+def shipped() -> list[Preset]:
+    """The presets of the installed package `simulations`, by name; its code is not run."""
+    spec = importlib.util.find_spec("simulations")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [path for folder in folders for path in Path(folder).glob("*.toml")]
+    return [Preset(path.stem, path, _title(path)) for path in sorted(found, key=lambda path: path.stem)]
+
+
+def choose(preset: str, settings: Sequence[str] = ()) -> Chosen:
+    """The config of `preset` (a file or a name) with `settings` ("key=value") applied.
+
+    Raises:
+        typer.BadParameter: a setting without "=".
+        ConfigError: no such preset, or a value that cannot be used.
+    """
+    overrides = dict(parse_setting(text) for text in settings)
+    path = _find(preset)
+    return Chosen(path.stem, RunConfig.load(path, overrides))
+
+
+def parse_setting(text: str) -> tuple[str, Scalar]:
+    """`"key=value"` as key and value. The value follows TOML; what TOML cannot read, or reads as no scalar, is text.
+
+    >>> parse_setting("lr=1e-5"), parse_setting("model=foo"), parse_setting("seed='7'")
+    (('lr', 1e-05), ('model', 'foo'), ('seed', '7'))
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise typer.BadParameter(f"--set takes KEY=VALUE, not '{text}'")
+    value = value.strip()
+    try:
+        parsed = tomllib.loads(f"value = {value}") if "\n" not in value else {}
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    read = parsed.get("value", value)
+    return key.strip(), read if isinstance(read, bool | int | float | str) else value
+
+
+def presets() -> None:
+    """List the presets that ship with fedtune."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for preset in shipped():
+        table.add_row(preset.name, preset.title)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("\nRun one with `fedtune simulate NAME`, change it with `--set key=value`, or copy the file and edit it.")
+
+
+def _find(preset: str) -> Path:
+    """The file of `preset`. A name never hides a file: `./demo.toml` is a file, `demo` a name unless such a file exists."""
+    path = Path(preset).expanduser()
+    if path.is_file():
+        return path
+    known = {found.name: found.path for found in shipped()}
+    if preset in known:
+        return known[preset]
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        raise ConfigError(f"There is no preset file '{preset}': give an existing TOML file or a name from `fedtune presets`.")
+    near = difflib.get_close_matches(preset, known, n=1, cutoff=0.4)
+    hint = f"Did you mean '{near[0]}'?" if near else "Give a name from `fedtune presets` or a TOML file."
+    raise ConfigError(f"There is no preset '{preset}'. {hint}", preset=preset, nearest=near)
+
+
+def _title(path: Path) -> str:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            return line.lstrip("# ").strip()
+    return ""

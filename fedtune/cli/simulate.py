@@ -1,0 +1,80 @@
+"""`fedtune simulate`: run a preset on this machine, in this process or through Flower, and say what came of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, cast
+
+import typer
+from rich.console import Console
+
+from fedtune.cli import presets
+from fedtune.cli.presets import PresetArgument, SetOption
+from fedtune.cli.tables import Summary, result_table
+from fedtune.cli.watch import watching
+from fedtune.config import RunConfig
+from fedtune.run_folder import check_new
+
+
+class Engine(StrEnum):
+    """What carries the messages between server and clients."""
+
+    in_process = "in-process"
+    flower = "flower"
+
+
+OutOption = Annotated[
+    str,
+    typer.Option("--out", metavar="DIR", help="Run folder [dim](default: runs/PRESET-DATE-TIME)[/dim].", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as the last line of stdout; progress on stderr.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+
+
+def simulate(
+    preset: PresetArgument,
+    settings: SetOption = [],  # noqa: B006 (typer reads the default and never changes it)
+    out: OutOption = "",
+    engine: Annotated[
+        Engine, typer.Option(help="One process, or Flower's own simulation with Ray (slower to start, parallel).")
+    ] = Engine.in_process,
+    workers: Annotated[int, typer.Option(min=1, help="Parallel clients of --engine flower.")] = 1,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a federation on this machine: server and clients, one preset.
+
+    [bold]fedtune simulate demo_ferret[/bold]
+
+    [bold]fedtune simulate demo_fedkseed --set rounds=3 --set K=256 --out runs/try[/bold]
+
+    [bold]fedtune simulate my.toml --set model=./Qwen3-0.6B --set data=rows.jsonl --engine flower --workers 4[/bold]
+
+    Ctrl-C stops after the step in hand; what is finished stays in the run folder.
+    """
+    chosen = presets.choose(preset, settings)
+    config = chosen.config.replace(out=run_folder(chosen, out))
+    check_new(config.out)
+    with watching(quiet=quiet, to_stderr=as_json):
+        summary = runner(engine, workers)(config)
+    if not (as_json and quiet):
+        Console(stderr=as_json, highlight=False).print(result_table(summary))
+    if as_json:
+        print(json.dumps(summary))
+
+
+def run_folder(chosen: presets.Chosen, out: str = "") -> str:
+    """Where the run goes: `out`, or the preset's own `out`, or runs/PRESET-DATE-TIME."""
+    return out or chosen.config.out or f"runs/{chosen.label}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def runner(engine: Engine, workers: int = 1) -> Callable[[RunConfig], Summary]:
+    """The function that runs a config to its end on `engine`, from the package `simulations` (loaded only here)."""
+    if engine is Engine.flower:
+        run_flower = importlib.import_module("simulations.engines.flower").run_flower
+        return lambda config: cast(Summary, run_flower(config, workers))
+    return cast(Callable[[RunConfig], Summary], importlib.import_module("simulations.engines.in_process").run_in_process)

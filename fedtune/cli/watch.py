@@ -1,0 +1,81 @@
+"""Watching a run: the right display for where the output goes, and Ctrl-C as a request to stop after the step in hand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+from rich.console import Console
+from rich.live import Live
+
+from fedtune import progress
+from fedtune.cli.lines import LineLog
+from fedtune.cli.live import LiveRun
+from fedtune.cli.view import RunView
+from fedtune.progress import Event, Note
+
+REFRESH = 5  # times a second
+STOPPING = "Stopping after the step in hand; Ctrl-C again stops at once."
+
+
+@contextmanager
+def watching(*, quiet: bool = False, to_stderr: bool = False) -> Iterator[RunView]:
+    """Show the run inside the `with` block, and let Ctrl-C stop it gently.
+
+    Args:
+        quiet: show nothing.
+        to_stderr: keep stdout free for a result that a program reads.
+    """
+    console = Console(stderr=to_stderr, highlight=False)
+    view = RunView()
+    progress.clear_stop()
+    with ExitStack() as stack:
+        stack.enter_context(progress.listening(view))
+        if not quiet:
+            stack.enter_context(_display(view, console))
+        stack.enter_context(stoppable(view))
+        yield view
+
+
+@contextmanager
+def _display(view: RunView, console: Console) -> Iterator[None]:
+    if not console.is_terminal:
+        log = LineLog(view, lambda line: console.print(line, markup=False, soft_wrap=True))
+        console.print("loading model and data", markup=False)
+        with progress.listening(log):
+            yield
+        return
+    with Live(LiveRun(view), console=console, refresh_per_second=REFRESH) as live:
+
+        def above(event: Event) -> None:
+            if isinstance(event, Note):
+                style = "yellow" if event.warning else "dim"
+                live.console.print(event.text, style=style, markup=False, soft_wrap=True)
+
+        with progress.listening(above):
+            yield
+
+
+@contextmanager
+def stoppable(view: RunView) -> Iterator[None]:
+    """Inside the `with` block the first Ctrl-C asks the run to stop after the step in hand, the second stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        progress.request_stop()
+        view.stopping = True
+        os.write(2, f"\n{STOPPING}\n".encode())  # print is not safe inside a signal handler
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
