@@ -54,9 +54,10 @@ def gaussian(pool: Pool, k: int, positions: I64) -> F64:
     """
     words = philox4x32(_counters(positions // 4, k, GAUSSIAN), pool_key(pool)).astype(np.float64)
     rows, pair = np.arange(len(positions)), positions % 4 // 2
-    radius = np.sqrt(-2.0 * np.log((words[rows, 2 * pair] + 0.5) / 2.0**32))
-    angle = 2.0 * math.pi * words[rows, 2 * pair + 1] / 2.0**32
-    values: F64 = radius * np.where(positions % 2 == 0, np.cos(angle), np.sin(angle))
+    radius: F64 = np.sqrt(-2.0 * np.log((words[rows, 2 * pair] + 0.5) / 2.0**32))
+    angle: F64 = 2.0 * math.pi * words[rows, 2 * pair + 1] / 2.0**32
+    wave = np.where(positions % 2 == 0, np.cos(angle), np.sin(angle))
+    values: F64 = radius * wave
     return values
 
 
