@@ -199,11 +199,6 @@ class Perturbation:
 class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises when an operator is handed the memory of an original weight while that weight should be perturbed."""
 
-    VALUES_UNREAD = frozenset(
-        ["empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"]
-        + ["new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"]
-    )
-
     def __init__(self, slots: list[_Slot]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.swapped = False
@@ -224,7 +219,9 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._paused and func.overloadpacket.__name__ not in self.VALUES_UNREAD:
+        name = func.overloadpacket.__name__
+        shape_only = name.startswith("new_") or name.endswith("_like")
+        if not self._paused and not shape_only:
             for value in tree_iter((args, kwargs)):
                 if isinstance(value, Tensor):
                     self._check(value, func)

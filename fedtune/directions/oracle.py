@@ -38,12 +38,12 @@ def hadamard(pool: Pool, k: int, positions: I64) -> F64:
     n = 1 << tile_bits(pool.size)
     columns = {int(t): column(pool, int(t), k) for t in np.unique(positions // n)}
     parity = [(int(p) % n & columns[int(p) // n]).bit_count() % 2 for p in positions]
-    return np.asarray(_sign_bits(pool, SIGNS, 0, positions) ^ np.array(parity)) * -2.0 + 1.0
+    return 1.0 - 2.0 * (_sign_bits(pool, SIGNS, 0, positions) ^ np.array(parity)).astype(np.float64)
 
 
 def rademacher(pool: Pool, k: int, positions: I64) -> F64:
     """z_k[p] = -1 where the bit of position p is set, else 1."""
-    return _sign_bits(pool, RADEMACHER, k, positions) * -2.0 + 1.0
+    return 1.0 - 2.0 * _sign_bits(pool, RADEMACHER, k, positions).astype(np.float64)
 
 
 def gaussian(pool: Pool, k: int, positions: I64) -> F64:
@@ -56,9 +56,7 @@ def gaussian(pool: Pool, k: int, positions: I64) -> F64:
     rows, pair = np.arange(len(positions)), positions % 4 // 2
     radius: F64 = np.sqrt(-2.0 * np.log((words[rows, 2 * pair] + 0.5) / 2.0**32))
     angle: F64 = 2.0 * math.pi * words[rows, 2 * pair + 1] / 2.0**32
-    wave = np.where(positions % 2 == 0, np.cos(angle), np.sin(angle))
-    values: F64 = radius * wave
-    return values
+    return radius * np.where(positions % 2 == 0, np.cos(angle), np.sin(angle))
 
 
 def column(pool: Pool, tile: int, k: int) -> int:
