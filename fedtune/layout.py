@@ -106,7 +106,7 @@ def fingerprint(model: torch.nn.Module) -> bytes:
     for name, parameter in trainable(model):
         state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         flat = parameter.detach().reshape(-1)
-        for chunk in flat.split(1 << 24):
+        for chunk in torch.split(flat, 1 << 24):
             state.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
     return state.digest()[:16]
 

@@ -150,7 +150,7 @@ def unpack_integers(data: bytes, count: int, bits: int) -> npt.NDArray[np.int32]
     values = (planes << np.arange(bits)).sum(axis=1)
     if count and int(values.min()) == 0:
         raise MalformedMessageError("A coefficient is outside its grid.")
-    return (values - (1 << (bits - 1))).astype(np.int32)
+    return np.asarray(values - (1 << (bits - 1)), dtype=np.int32)
 
 
 def encode_pool(coefficients: PoolCoefficients, bits: int) -> bytes:

@@ -124,7 +124,7 @@ def probabilities(magnitude: F64, count: F64) -> F64:
 def draw_weights(state: State) -> npt.NDArray[np.uint16]:
     """uint16 [K]: the probabilities as whole numbers, the largest DRAW_SCALE, so that both sides draw exactly alike."""
     p = probabilities(state.statistics["magnitude"], state.statistics["count"])
-    return np.rint(p / p.max() * DRAW_SCALE).astype(np.uint16)
+    return np.asarray(np.rint(p / p.max() * DRAW_SCALE), dtype=np.uint16)
 
 
 def _uniform(state: State) -> npt.NDArray[np.uint16]:
