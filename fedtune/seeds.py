@@ -93,23 +93,27 @@ class Stream:
         u = self.uniform(2 * count)
         return np.sqrt(-2.0 * np.log(1.0 - u[0::2])) * np.cos(2.0 * math.pi * u[1::2])
 
-    def gamma(self, shape: float) -> float:
-        """One draw from Gamma(shape, 1). Source: Marsaglia and Tsang, ACM Trans. Math. Software 26(3), 2000."""
-        boost = 1.0
-        if shape < 1.0:
-            boost = float(1.0 - self.uniform(1)[0]) ** (1.0 / shape)
-            shape += 1.0
-        d = shape - 1.0 / 3.0
+    def gamma(self, shape: float, count: int) -> F64:
+        """float64 [count] from Gamma(shape, 1).
+
+        Source: Marsaglia and Tsang, "A simple method for generating gamma variables", 2000.
+        """
+        boost = (1.0 - self.uniform(count)) ** (1.0 / shape) if shape < 1.0 else np.ones(count)
+        d = (shape + 1.0 if shape < 1.0 else shape) - 1.0 / 3.0
         c = 1.0 / math.sqrt(9.0 * d)
-        while True:
-            x = float(self.normal(1)[0])
+        drawn, left = np.empty(count), np.arange(count)
+        while len(left):
+            x = self.normal(len(left))
             v = (1.0 + c * x) ** 3
-            u = 1.0 - float(self.uniform(1)[0])
-            if v > 0.0 and math.log(u) < 0.5 * x * x + d - d * v + d * math.log(v):
-                return d * v * boost
+            u = 1.0 - self.uniform(len(left))
+            bound = 0.5 * x * x + d - d * v + d * np.log(np.maximum(v, 1e-300))
+            accepted = (v > 0.0) & (np.log(u) < bound)
+            drawn[left[accepted]] = d * v[accepted]
+            left = left[~accepted]
+        return drawn * boost
 
     def dirichlet(self, alpha: float, count: int) -> F64:
-        """float64 [count], positive, summing to one: one draw from the symmetric Dirichlet distribution."""
-        draws = np.array([self.gamma(alpha) for _ in range(count)])
+        """float64 [count], not negative, summing to one: one draw from the symmetric Dirichlet distribution."""
+        draws = self.gamma(alpha, count)
         total = draws.sum()
         return draws / total if total > 0.0 else np.full(count, 1.0 / count)
