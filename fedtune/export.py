@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from fedtune import wire
 from fedtune.algorithms.base import pool_number
 from fedtune.coefficients import Coefficients
@@ -14,9 +16,9 @@ from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, ModelError, RunFolderError
 from fedtune.models import LanguageModel
 from fedtune.resident import Resident
-from fedtune.run_folder import RunFolder
+from fedtune.run_folder import COEFFICIENTS, RunFolder, check_new
 
-FINAL, BEST = "coefficients.bin", "best_coefficients.bin"
+FINAL, BEST = COEFFICIENTS, "best_coefficients.bin"
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,19 @@ class Exported:
     bytes: int
 
 
-def load_tuned(run: RunFolder, name: str = FINAL) -> tuple[LanguageModel, int, bytes]:
-    """The tuned model of a run in memory, with the round and the digest of its state.
+def load_tuned(run: RunFolder, name: str = FINAL, model: str = "") -> tuple[LanguageModel, int, bytes]:
+    """The tuned model of a run in memory (on the CPU), with the round and the digest of its state.
 
     Args:
         name: which coefficients, FINAL or BEST (of the lowest held-out loss).
+        model: where the base model is now, if not where it was ("").
 
     Raises:
         RunFolderError: the folder has no coefficients, or damaged ones.
         ModelError: the base model is not the one that the run started from.
     """
-    config = run.config()
+    config = run.config().replace(device="cpu")
+    config = config.replace(model=model) if model else config
     data = run.read_bytes(name)
     here = Resident(config)
     replica, algorithm = here.replica, here.algorithm
@@ -62,24 +66,32 @@ def load_tuned(run: RunFolder, name: str = FINAL) -> tuple[LanguageModel, int, b
     return here.language_model, complete.round - 1, complete.digest
 
 
-def export_run(run: RunFolder, out: Path, name: str = FINAL) -> Exported:
+def export_run(run: RunFolder, out: Path, name: str = FINAL, model: str = "") -> Exported:
     """Write the tuned model of `run` to the new folder `out`, loadable with AutoModelForCausalLM.from_pretrained.
 
     Raises:
-        RunFolderError: `out` exists, or see `load_tuned`. ModelError: see `load_tuned`.
+        RunFolderError: `out` exists or cannot be written, or see `load_tuned`. ModelError: see `load_tuned`.
     """
-    if out.exists():
-        raise RunFolderError(f"'{out}' exists already: give another folder with --out, or remove it.", path=str(out))
-    lm, round, digest = load_tuned(run, name)
+    check_new(out)
+    lm, round, digest = load_tuned(run, name, model)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        model: Any = lm.model
-        model.config.use_cache = True  # switched off for training
-        model.save_pretrained(partial)
-        lm.tokenizer.save_pretrained(partial)
+        partial.mkdir(parents=True)
+        _save(lm, partial)
         partial.rename(out)
+    except OSError as error:
+        raise RunFolderError(
+            f"'{out}' could not be written: {error.strerror or error}. Free some space or give a folder elsewhere with --out."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(out, round, digest.hex(), sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
+
+
+def _save(lm: LanguageModel, folder: Path) -> None:
+    model: Any = lm.model
+    model.config.use_cache = True  # switched off for training
+    model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)

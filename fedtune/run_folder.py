@@ -5,7 +5,8 @@
     partition.json     which rows each client got
     metrics.jsonl      one JSON object a round, round 0 is the base model; a number that is not finite is null
     summary.json       the end of the run: before and after, bytes, digest
-    coefficients.bin   the tuned model as coefficients over the base model
+    coefficients.bin   the tuned model as coefficients over the base model; best_coefficients.bin: of the lowest loss
+    error.json         why a run failed
 
 Whole files appear atomically (temporary file, fsync, rename). metrics.jsonl grows by one flushed line at a time; a last
 line that a crash tore is ignored when read and cut off by the next append.

@@ -8,9 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtune.cli import presets
-from fedtune.cli.simulate import Engine, JsonOption, OutOption, QuietOption, run_folder, runner
+from fedtune.cli.simulate import Engine, JsonOption, OutOption, QuietOption, run_folder, run_watched, runner
 from fedtune.cli.tables import Summary, comparison_table
-from fedtune.cli.watch import watching
 from fedtune.run_folder import check_new
 
 PRESETS = ("demo_fedkseed", "demo_ferret")
@@ -31,8 +30,7 @@ def demo(out: OutOption = "", as_json: JsonOption = False, quiet: QuietOption = 
     for name, config in zip(PRESETS, configs, strict=True):
         if not quiet:
             console.print(f"\n{name}", style="bold", markup=False)
-        with watching(quiet=quiet, to_stderr=as_json):
-            summaries[name] = runner(Engine.in_process)(config)
+        summaries[name] = run_watched(config, runner(Engine.in_process), quiet=quiet, to_stderr=as_json)
     if not (as_json and quiet):
         console.print(comparison_table(summaries))
     if as_json:

@@ -25,7 +25,7 @@ from fedtune.cli.export import export
 from fedtune.cli.presets import presets
 from fedtune.cli.settings import settings
 from fedtune.cli.simulate import simulate
-from fedtune.errors import FedtuneError, Interrupted
+from fedtune.errors import EngineError, FedtuneError, Interrupted
 
 FAILED, MISTYPED, INTERRUPTED = 1, 2, 130
 
@@ -89,8 +89,10 @@ def _run(arguments: list[str], debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; so has its interest
         return FAILED
     except (Exception, KeyboardInterrupt) as error:
-        message, exit_code = _explain(error)
-        return _fail(message, exit_code, debug)
+        if debug:
+            traceback.print_exc()
+            print(*_tail(error), sep="\n", file=sys.stderr)
+        return _fail(*_explain(error))
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -99,10 +101,12 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else "fedtune"
             return f"{_sentence(error.format_message())} `{path} --help` explains the command.", MISTYPED
+        case EngineError() if error.facts.get("tail"):
+            return f"{_sentence(str(error))} --debug shows its last lines.", FAILED
         case Interrupted():
             return str(error), INTERRUPTED
         case KeyboardInterrupt() | click.Abort():
-            return "At once; the round in hand is not in the run folder, those before are.", INTERRUPTED
+            return "Stopped at once; the round in hand is lost, those before are in the run folder.", INTERRUPTED
         case FedtuneError() | click.ClickException():
             return str(error), FAILED
         case _:
@@ -110,11 +114,15 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return f"Unexpected {what} Run it again with --debug for the traceback.", FAILED
 
 
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    console = Console(stderr=True, highlight=False)
-    console.print(Text.assemble(("Stopped: " if code == INTERRUPTED else "Error: ", "bold red"), message), soft_wrap=True)
+def _tail(error: BaseException) -> list[str]:
+    """The last lines of a process that failed, if `error` carries them."""
+    tail = error.facts.get("tail") if isinstance(error, FedtuneError) else None
+    return [str(line) for line in tail] if isinstance(tail, list | tuple) else [str(tail)] if tail else []
+
+
+def _fail(message: str, code: int) -> int:
+    label = ("", "") if code == INTERRUPTED else ("Error: ", "bold red")
+    Console(stderr=True, highlight=False).print(Text.assemble(label, message), soft_wrap=True)
     return code
 
 

@@ -17,6 +17,7 @@ from fedtune.cli.presets import PresetArgument, SetOption
 from fedtune.cli.tables import Summary, result_table
 from fedtune.cli.watch import watching
 from fedtune.config import RunConfig
+from fedtune.errors import Interrupted
 from fedtune.run_folder import check_new
 
 
@@ -42,7 +43,7 @@ def simulate(
     engine: Annotated[
         Engine, typer.Option(help="One process, or Flower's own simulation with Ray (slower to start, parallel).")
     ] = Engine.in_process,
-    workers: Annotated[int, typer.Option(min=1, help="Parallel clients of --engine flower.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Parallel clients of --engine flower; 0: as many as fit.")] = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -59,8 +60,7 @@ def simulate(
     chosen = presets.choose(preset, settings)
     config = chosen.config.replace(out=run_folder(chosen, out))
     check_new(config.out)
-    with watching(quiet=quiet, to_stderr=as_json):
-        summary = runner(engine, workers)(config)
+    summary = run_watched(config, runner(engine, workers), quiet=quiet, to_stderr=as_json)
     if not (as_json and quiet):
         Console(stderr=as_json, highlight=False).print(result_table(summary))
     if as_json:
@@ -72,7 +72,22 @@ def run_folder(chosen: presets.Chosen, out: str = "") -> str:
     return out or chosen.config.out or f"runs/{chosen.label}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def runner(engine: Engine, workers: int = 1) -> Callable[[RunConfig], Summary]:
+def run_watched(config: RunConfig, run: Callable[[RunConfig], Summary], *, quiet: bool, to_stderr: bool) -> Summary:
+    """Run `config` under the eyes of the user. Raises Interrupted, saying how far the run came and where that is."""
+    with watching(quiet=quiet, to_stderr=to_stderr) as view:
+        try:
+            return run(config)
+        except Interrupted:
+            done = sum(row.round > 0 for row in view.rows)
+            kept = (
+                f"after {done} of {config.rounds} rounds; model and metrics are in '{config.out}'"
+                if view.rows
+                else "before the first round"
+            )
+            raise Interrupted(f"Stopped {kept}.", rounds=done, out=config.out) from None
+
+
+def runner(engine: Engine, workers: int = 0) -> Callable[[RunConfig], Summary]:
     """The function that runs a config to its end on `engine`, from the package `simulations` (loaded only here)."""
     if engine is Engine.flower:
         run_flower = importlib.import_module("simulations.engines.flower").run_flower

@@ -12,7 +12,7 @@ from playback import Outcome
 
 import fedtune as package
 from fedtune.cli import simulate as command
-from fedtune.errors import DataError, Interrupted
+from fedtune.errors import DataError, EngineError
 
 COMMANDS = ["simulate", "demo", "presets", "data", "estimate", "export", "settings"]
 
@@ -49,7 +49,7 @@ def test_no_command_shows_the_help(fedtune: Callable[..., Outcome], arguments: t
         (("bogus",), "No such command 'bogus'. `fedtune --help` explains the command."),
         (("simulate",), "Missing argument 'PRESET'. `fedtune simulate --help` explains the command."),
         (("simulate", "x", "--bogus"), "No such option '--bogus'."),
-        (("simulate", "x", "--workers", "0"), "Invalid value for '--workers': 0 is not in the range x>=1."),
+        (("simulate", "x", "--workers", "-1"), "Invalid value for '--workers': -1 is not in the range x>=0."),
         (("simulate", "x", "--set", "y"), "Invalid value: --set takes KEY=VALUE, not 'y'."),
         (("export", "x"), "Missing option '--out'."),
     ],
@@ -69,12 +69,20 @@ def test_a_known_error_is_its_sentence(
     assert (outcome.code, outcome.out, outcome.err) == (1, "", "Error: The file [x] has no rows: give another.\n")
 
 
-def test_interrupted_is_130(fedtune: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, preset: object) -> None:
-    _raise(monkeypatch, Interrupted("Stopped by the user; kept."))
-    assert fedtune("simulate", "small.toml", "--quiet").code == 130
+def test_ctrl_c_is_130_and_one_line(fedtune: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, preset: object) -> None:
     _raise(monkeypatch, KeyboardInterrupt())
     outcome = fedtune("simulate", "small.toml", "--quiet")
-    assert (outcome.code, outcome.err.count("\n")) == (130, 1)
+    assert outcome.code == 130
+    assert outcome.err == "Stopped at once; the round in hand is lost, those before are in the run folder.\n"
+
+
+def test_the_last_lines_of_a_failed_process_come_with_debug(
+    fedtune: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, preset: object
+) -> None:
+    _raise(monkeypatch, EngineError("Flower ended the run as failed", tail=["line one", "line two"]))
+    outcome = fedtune("simulate", "small.toml", "--quiet")
+    assert outcome.err == "Error: Flower ended the run as failed. --debug shows its last lines.\n"
+    assert "line one\nline two\n" in fedtune("simulate", "small.toml", "--quiet", "--debug").err
 
 
 def test_an_unexpected_error_has_a_traceback_only_with_debug(

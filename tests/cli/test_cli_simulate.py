@@ -150,6 +150,19 @@ def _rounds(events: list[progress.Event]) -> list[progress.Event]:
     return [event for event in events if isinstance(event, progress.RoundStarted)]
 
 
+def test_a_stopped_run_says_how_far_it_came_and_where_it_is(
+    fedtune: Callable[..., Outcome], engine: list[RunConfig], preset: Path
+) -> None:
+    def stop_in_round_2(event: progress.Event) -> None:
+        if isinstance(event, progress.RoundStarted) and event.round == 2:
+            progress.request_stop()
+
+    with progress.listening(stop_in_round_2):
+        outcome = fedtune("simulate", "small.toml", "--quiet", "--out", "run")
+    assert (outcome.code, outcome.out) == (130, "")
+    assert outcome.err == "Stopped after 1 of 2 rounds; model and metrics are in 'run'.\n"
+
+
 def test_the_second_ctrl_c_stops_at_once() -> None:
     def interrupt_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
