@@ -137,7 +137,7 @@ class RunConfig(BaseModel):
         unknown = sorted(set(values) - set(cls.model_fields))
         if unknown:
             near = difflib.get_close_matches(unknown[0], list(cls.model_fields), n=1, cutoff=0.5)
-            hint = f" Did you mean '{near[0]}'?" if near else " `fedtune simulate --help-settings` lists them."
+            hint = f" Did you mean '{near[0]}'?" if near else " `fedtune settings` lists them."
             raise UnknownSettingError(f"There is no setting '{unknown[0]}'.{hint}", key=unknown[0], nearest=near)
         try:
             return cls(**values)
