@@ -52,12 +52,14 @@ def run_flower(config: RunConfig, workers: int = 0) -> dict[str, object]:
             app = link.home / "app"
             write_app(app, config.replace(device=device.name))
             run = link.submit(app, {"num-supernodes": config.clients, **resources})
-            tail = _follow(link, run)
+            said = _follow(link, run)
             status, details = link.status(run)
         finally:
             link.close()
     if status != "finished:completed":
-        raise EngineError(f"Flower ended the run as '{status}'. {details}".strip(), tail=tail)
+        raise EngineError(
+            f"Flower ended the run as '{status}': {said.first_error or details or 'no reason given'}", tail=said.tail
+        )
     return RunFolder.open(config.out).summary()
 
 
@@ -102,13 +104,45 @@ class _Device:
         return settings
 
 
-def _follow(link: SuperLink, run: str) -> tuple[str, ...]:
-    """Pass on what the run says until it ends; returns the last lines of its log.
+class _Log:
+    """What Flower's log of a run said so far: `tail`, its last lines, and `first_error`, '' if there was none."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=TAIL_LINES)
+        self.first_error = ""
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        return tuple(self._lines)
+
+    def take(self, lines: Iterable[str]) -> None:
+        """Keep `lines`, emit warnings and errors among them as notes, and stop at a dead worker process.
+
+        Flower puts a dead worker back in its pool, where it answers for one client after another with an error.
+        """
+        for line in lines:
+            plain = _COLOUR.sub("", line).rstrip()
+            if not plain:
+                continue
+            self._lines.append(plain)
+            if "ActorDiedError" in plain:
+                raise EngineError(
+                    "A worker process died, perhaps for want of memory: use fewer workers or a smaller batch_size.",
+                    tail=self.tail,
+                )
+            found = _LEVEL.match(plain)
+            if found and not found[2].startswith(_USUAL):
+                self.first_error = self.first_error or (found[2] if found[1] == "ERROR" else "")
+                emit(Note(found[2], warning=True))
+
+
+def _follow(link: SuperLink, run: str) -> _Log:
+    """Pass on what the run says until it ends; returns its log.
 
     Raises:
         FedtuneError: the server's error, as soon as it is known.
     """
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    said = _Log()
     reader = relay.Reader(link.relay)
     with link.log(run) as log:
         while True:
@@ -116,31 +150,11 @@ def _follow(link: SuperLink, run: str) -> tuple[str, ...]:
             ended = log.ended
             for event in reader.read():
                 emit(event)
-            _watch(log.read(), tail)
+            said.take(log.read())
             if reader.error is not None:
-                reader.error.facts.setdefault("tail", tuple(tail))
+                reader.error.facts.setdefault("tail", said.tail)
                 raise reader.error
             if ended:
-                return tuple(tail)
+                return said
             link.check()
             time.sleep(POLL_SECONDS)
-
-
-def _watch(lines: Iterable[str], tail: deque[str]) -> None:
-    """Keep `lines` in `tail`, emit warnings and errors among them as notes, and stop at a dead worker process.
-
-    Flower puts a dead worker back in its pool, where it answers for one client after another with an error.
-    """
-    for line in lines:
-        plain = _COLOUR.sub("", line).rstrip()
-        if not plain:
-            continue
-        tail.append(plain)
-        if "ActorDiedError" in plain:
-            raise EngineError(
-                "A worker process died, perhaps for want of memory: use fewer workers or a smaller batch_size.",
-                tail=tuple(tail),
-            )
-        found = _LEVEL.match(plain)
-        if found and not found[2].startswith(_USUAL):
-            emit(Note(found[2], warning=True))

@@ -30,9 +30,8 @@ def end_all(home: Path, leader: subprocess.Popen[bytes] | None) -> bool:
             _signal(home, leader, number)
         deadline = time.monotonic() + END_SECONDS
         while time.monotonic() < deadline:
-            if leader is not None:
-                leader.poll()  # reaps it
-            if not living(home, leader):
+            reaped = leader is None or leader.poll() is not None
+            if reaped and not living(home, leader):
                 return True
             time.sleep(0.1)
     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from fedtune import progress
 from fedtune.config import RunConfig
 from fedtune.errors import EngineError, RunFolderError
 from simulations.engines import flower, superlink
-from simulations.engines.flower import _Device, _watch, run_flower
+from simulations.engines.flower import _Device, _Log, run_flower
 from simulations.engines.superlink import SuperLink
 
 
@@ -56,7 +55,7 @@ def test_a_numbered_gpu_becomes_the_only_one(monkeypatch, device, visible, expec
 
 
 def test_warnings_become_notes_and_the_rest_only_fills_the_tail():
-    tail: deque[str] = deque(maxlen=3)
+    log = _Log()
     notes: list[progress.Event] = []
     lines = [
         "\x1b[92mINFO \x1b[0m:     hello",
@@ -66,14 +65,15 @@ def test_warnings_become_notes_and_the_rest_only_fills_the_tail():
         "\x1b[91mERROR \x1b[0m:    it broke",
     ]
     with progress.listening(notes.append):
-        _watch(lines, tail)
+        log.take(lines)
     assert notes == [progress.Note("client 3 is late", warning=True), progress.Note("it broke", warning=True)]
-    assert [line.split()[0] for line in tail] == ["WARNING", "WARNING", "ERROR"]
+    assert [line.split()[0] for line in log.tail] == ["INFO", "WARNING", "WARNING", "ERROR"]
+    assert log.first_error == "it broke"
 
 
 def test_a_dead_worker_process_ends_the_run():
     with pytest.raises(EngineError, match="A worker process died, perhaps for want of memory: use fewer workers") as caught:
-        _watch(["before", "ray.exceptions.ActorDiedError: The actor died"], deque(maxlen=5))
+        _Log().take(["before", "ray.exceptions.ActorDiedError: The actor died"])
     assert caught.value.facts["tail"] == ("before", "ray.exceptions.ActorDiedError: The actor died")
 
 
