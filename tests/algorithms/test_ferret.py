@@ -30,7 +30,9 @@ def update(counts: list[int], values: list[float], examples: int = 10) -> Update
     st.lists(st.tuples(st.floats(0, 1e6, width=32), st.integers(1, 5000)), min_size=1, max_size=30),
     st.integers(1, 3000), st.integers(1, 512), st.sampled_from(["norm", "norm-sqrt-size", "uniform"]),
 )  # fmt: skip
-def test_allocation_spends_the_budget_within_the_caps(blocks: list[tuple[float, int]], total: int, pool: int, rule: str) -> None:
+def test_allocation_spends_the_budget_within_the_caps(
+    blocks: list[tuple[float, int]], total: int, pool: int, rule: str
+) -> None:
     norms, sizes = (np.array(column) for column in zip(*blocks, strict=True))
     counts = allocate(norms.astype(np.float64), sizes, total, pool, rule)
     caps = np.where(norms > 0, np.minimum(sizes, pool), 0)

@@ -14,33 +14,35 @@ import torch
 from flwr.app import Context, Message
 
 import client.app
+import client.worker
 from client.worker import Identity, Worker
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS as RECORDS
 from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig
-from fedtune.errors import DivergedError, Interrupted
+from fedtune.errors import DivergedError, Interrupted, MismatchError
+from fedtune.evaluation import response_loss
 from fedtune.progress import ClientStep, Event, clear_stop, listening, request_stop
 from fedtune.resident import Resident, release, resident
 from fedtune.run_folder import RunFolder
 from fedtune.wire import Kind
-from simulations.engines.local_grid import Faults
+from simulations.engines.local_grid import Faults, LocalGrid
 from tests.laws.federation import ALGORITHMS, SETTINGS, config, payload_of, run, with_payload
 
 pytestmark = pytest.mark.parametrize("name", ALGORITHMS)
 
 
 @pytest.fixture
-def settings(name: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+def settings(name: str, tiny_folder: Path, instructions: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     def build(**changes: object) -> RunConfig:
-        return config(name, tiny_model, tiny_data, Path(str(changes.pop("out", tmp_path / "run"))), **changes)
+        return config(name, tiny_folder, instructions, Path(str(changes.pop("out", tmp_path / "run"))), **changes)
 
     return build
 
 
 def state_of(folder: RunFolder, here: Resident) -> Coefficients:
     """The model of a run folder, decoded from its bytes."""
-    settings, layout = folder.config, here.replica.layout
+    settings, layout = folder.config(), here.replica.layout
     algorithm = here.algorithm
     complete = wire.decode_instruction(
         folder.read_bytes("coefficients.bin"),
@@ -133,8 +135,6 @@ def test_a_client_that_missed_rounds_or_restarted_catches_up(settings: Callable[
 
 
 def test_order_of_arrival_does_not_matter(settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    from simulations.engines.local_grid import LocalGrid
-
     expected = run(settings()).digests
     pull = LocalGrid.pull_messages
     monkeypatch.setattr(LocalGrid, "pull_messages", lambda self, ids: list(reversed(pull(self, sorted(ids)))))
@@ -215,10 +215,13 @@ def test_a_replayed_update_is_refused(settings: Callable[..., RunConfig]) -> Non
     assert outcome.digests[2] == outcome.digests[1]
 
 
-def test_a_loss_that_is_not_finite_is_reported_and_poisons_nothing(settings: Callable[..., RunConfig]) -> None:
+def test_a_loss_that_is_not_finite_is_reported_and_poisons_nothing(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Defect elsewhere: an infinite loss becomes NaN weights, in the client and then in the global model."""
-    with pytest.raises(DivergedError, match="not finite after"):
-        run(settings(lr=1e30, rounds=5))
+    monkeypatch.setattr(client.worker, "response_loss", lambda model, batch: response_loss(model, batch) * float("inf"))
+    with pytest.raises(DivergedError, match="not finite after 0 of 4 steps"):
+        run(settings(rounds=5))
     rows = RunFolder.open(settings().out).read_metrics()
     assert len(rows) == 4
     assert len({row["digest"] for row in rows}) == 1
@@ -251,8 +254,6 @@ def test_a_stop_keeps_what_is_finished(settings: Callable[..., RunConfig]) -> No
 
 
 def test_the_worker_refuses_another_model(settings: Callable[..., RunConfig]) -> None:
-    from fedtune.errors import MismatchError
-
     asked = settings()
     here = resident(asked)
     strategy_bytes = run(asked).folder.read_bytes("coefficients.bin")
