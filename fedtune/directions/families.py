@@ -7,7 +7,8 @@ import numpy.typing as npt
 
 from fedtune.directions.base import F32, F64, Family, Pool
 from fedtune.directions.counters import column_shifts, pool_key, tile_bits
-from fedtune.directions.cpu import hadamard
+from fedtune.directions.cpu import gaussian, hadamard, rademacher
+from fedtune.directions.torch_stream import TorchStream
 from fedtune.layout import Layout
 
 
@@ -41,4 +42,51 @@ class Hadamard(Family):
             sums[wanted] += every[wanted]
 
 
-FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Hadamard,)}
+class Rademacher(Family):
+    """Independent random signs. Cost of `combine` and `project`: proportional to the seeds that count."""
+
+    name = "rademacher"
+    exact = True
+    fast_combine = False
+
+    def __init__(self, pool: Pool, layout: Layout) -> None:
+        super().__init__(pool, layout)
+        self._key = np.array(pool_key(pool), dtype=np.int64)
+
+    def add(self, out: F32, base: F32, p0: int, k: int, c: float) -> None:
+        rademacher.add(out, base, p0, k, c, self._key)
+
+    def combine(self, out: F32, base: F32, p0: int, coefficients: F32) -> None:
+        rademacher.combine(out, base, p0, coefficients, self._key)
+
+    def project(self, sums: F64, delta: F32, p0: int, wanted: npt.NDArray[np.bool_] | None) -> None:
+        rademacher.project(sums, delta, p0, _numbers(self.pool, wanted), self._key)
+
+
+class Gaussian(Family):
+    """Independent N(0, 1), the papers' distribution. Cost of `combine` and `project`: proportional to the seeds that count."""
+
+    name = "gaussian"
+    exact = False
+    fast_combine = False
+
+    def __init__(self, pool: Pool, layout: Layout) -> None:
+        super().__init__(pool, layout)
+        self._key = np.array(pool_key(pool), dtype=np.int64)
+
+    def add(self, out: F32, base: F32, p0: int, k: int, c: float) -> None:
+        gaussian.add(out, base, p0, k, c, self._key)
+
+    def combine(self, out: F32, base: F32, p0: int, coefficients: F32) -> None:
+        gaussian.combine(out, base, p0, coefficients, self._key)
+
+    def project(self, sums: F64, delta: F32, p0: int, wanted: npt.NDArray[np.bool_] | None) -> None:
+        gaussian.project(sums, delta, p0, _numbers(self.pool, wanted), self._key)
+
+
+def _numbers(pool: Pool, wanted: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.int64]:
+    """int64: the numbers of the wanted seeds."""
+    return np.arange(pool.size) if wanted is None else np.flatnonzero(wanted)
+
+
+FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Hadamard, Rademacher, Gaussian, TorchStream)}

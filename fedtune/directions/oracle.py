@@ -38,7 +38,8 @@ def hadamard(pool: Pool, k: int, positions: I64) -> F64:
     n = 1 << tile_bits(pool.size)
     columns = {int(t): column(pool, int(t), k) for t in np.unique(positions // n)}
     parity = [(int(p) % n & columns[int(p) // n]).bit_count() % 2 for p in positions]
-    return 1.0 - 2.0 * (_sign_bits(pool, SIGNS, 0, positions) ^ np.array(parity)).astype(np.float64)
+    bits: I64 = _sign_bits(pool, SIGNS, 0, positions) ^ np.array(parity)
+    return 1.0 - 2.0 * bits.astype(np.float64)
 
 
 def rademacher(pool: Pool, k: int, positions: I64) -> F64:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedtune.directions.counters import COLUMNS, SIGNS
 from fedtune.directions.cpu.compiled import kernel
-from fedtune.directions.cpu.philox import random_blocks
+from fedtune.directions.cpu.philox import SCRATCH, random_words
 from fedtune.directions.cpu.signs import add_signs, copy_unless_same, flip
 from fedtune.directions.cpu.transform import TURN, walsh_hadamard
 
@@ -28,7 +28,7 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
     """out[i] = base[i] + c * z_k[p0 + i], from sign bits alone."""
     n = 1 << tile[2]
     column = np.empty(1, np.uint32)
-    words = np.empty((min(n, out.shape[0] + 254) >> 7, 4), np.uint32)
+    words = np.empty(SCRATCH * (min(n, out.shape[0] + 254) >> 7), np.uint32)
     done = 0
     while done < out.shape[0]:
         p = p0 + done
@@ -47,7 +47,7 @@ def combine(out: Any, base: Any, p0: int, coefficients: Any, tile: Any) -> None:
     """out[i] = base[i] + sum_k coefficients[k] * z_k[p0 + i]."""
     n = 1 << tile[2]
     sums, spare = np.empty(n, np.float32), np.empty(n, np.float32)
-    words = np.empty((n >> 7, 4), np.uint32)
+    words = np.empty(SCRATCH * (n >> 7), np.uint32)
     columns = np.empty(coefficients.shape[0], np.uint32)
     done = 0
     while done < out.shape[0]:
@@ -75,7 +75,7 @@ def project(sums: Any, delta: Any, p0: int, tile: Any) -> None:
     """sums float64 [K] += sum_i delta[i] * z_k[p0 + i]; float32 within a tile, float64 over tiles, in order of position."""
     n = 1 << tile[2]
     values, spare = np.empty(n, np.float32), np.empty(n, np.float32)
-    words = np.empty((n >> 7, 4), np.uint32)
+    words = np.empty(SCRATCH * (n >> 7), np.uint32)
     columns = np.empty(sums.shape[0], np.uint32)
     done = 0
     while done < delta.shape[0]:
@@ -98,14 +98,13 @@ def project(sums: Any, delta: Any, p0: int, tile: Any) -> None:
 @kernel
 def _columns(columns: Any, first: int, number: int, tile: Any, bits: int, turn: int) -> None:
     """columns[j] = pi_t(first + j) mod 2^bits, then rotated left by `turn` bits; t = number."""
-    words = np.empty((1, 4), np.uint32)
-    random_blocks(words, number, 0, COLUMNS, tile[0], tile[1])
+    words = random_words(np.empty(SCRATCH, np.uint32), number, 1, 0, COLUMNS, tile[0], tile[1])
     mask = np.uint32((1 << tile[2]) - 1)
     fold = np.uint32((1 << bits) - 1)
     left, right = np.uint32(turn), np.uint32(bits - turn)
-    start = np.uint32(words[0, 3] + np.uint32(first))
-    odd0, odd1, odd2 = np.uint32(words[0, 0] | 1), np.uint32(words[0, 1] | 1), np.uint32(words[0, 2] | 1)
-    add0, add1, add2 = np.uint32(words[0, 0] >> 16), np.uint32(words[0, 1] >> 16), np.uint32(words[0, 2] >> 16)
+    start = np.uint32(words[3] + np.uint32(first))
+    odd0, odd1, odd2 = np.uint32(words[0] | 1), np.uint32(words[1] | 1), np.uint32(words[2] | 1)
+    add0, add1, add2 = np.uint32(words[0] >> 16), np.uint32(words[1] >> 16), np.uint32(words[2] >> 16)
     shift0, shift1, shift2 = np.uint32(tile[3]), np.uint32(tile[4]), np.uint32(tile[5])
     for j in range(columns.shape[0]):
         x = np.uint32(np.uint32(np.uint32(j) + start) & mask)
@@ -120,11 +119,9 @@ def _columns(columns: Any, first: int, number: int, tile: Any, bits: int, turn: 
 
 @kernel
 def _signs(words: Any, p: int, size: int, tile: Any) -> Any:
-    """The words of D from the block of position p to that of p + size - 1, flat; fills and returns a part of `words`."""
+    """The words of D from the block of position p to that of p + size - 1: fills and returns a part of `words`."""
     first, last = p >> 7, (p + size + 127) >> 7
-    blocks = words[: last - first]
-    random_blocks(blocks, first, 0, SIGNS, tile[0], tile[1])
-    return blocks.reshape(blocks.shape[0] * 4)
+    return random_words(words, first, last - first, 0, SIGNS, tile[0], tile[1])
 
 
 @kernel

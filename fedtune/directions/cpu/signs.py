@@ -60,3 +60,34 @@ def flip(values: Any, words: Any, offset: int) -> None:
     for i in range(count - done):
         if words[first + whole] & LANES[i] != 0:
             values[done + i] = -values[done + i]
+
+
+@kernel
+def signed_sum(values: Any, words: Any, offset: int, lanes: Any) -> Any:
+    """float64: the sum of the values with the signs of `add_signs`; `lanes` is a scratch of 32 float64.
+
+    Bit b of every word adds to lane b; the lanes are added in order.
+    """
+    lanes[:] = 0.0
+    count = values.shape[0]
+    head = min(count, (32 - (offset & 31)) & 31)
+    for i in range(head):
+        bit = offset + i
+        value = np.float64(values[i])
+        lanes[bit & 31] += -value if words[bit >> 5] & LANES[bit & 31] != 0 else value
+    first = (offset + head) >> 5
+    whole = (count - head) >> 5
+    for j in range(whole):
+        word = words[first + j]
+        run = values[head + 32 * j : head + 32 * j + 32]
+        for i in range(32):
+            value = np.float64(run[i])
+            lanes[i] += -value if word & LANES[i] != 0 else value
+    done = head + 32 * whole
+    for i in range(count - done):
+        value = np.float64(values[done + i])
+        lanes[i] += -value if words[first + whole] & LANES[i] != 0 else value
+    total = 0.0
+    for i in range(32):
+        total += lanes[i]
+    return total
