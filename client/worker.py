@@ -11,18 +11,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedtune import wire
-from fedtune.algorithms import LocalWork
 from fedtune.algorithms.base import pool_number
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
-from fedtune.data.batches import client_batches
 from fedtune.data.encode import Encoded
 from fedtune.data.federated import load_local
 from fedtune.directions import Pool
 from fedtune.errors import ConfigError, MismatchError, StaleReplicaError
-from fedtune.evaluation import response_loss
 from fedtune.resident import Resident, resident
-from fedtune.seeds import Stream
 
 
 @dataclass(frozen=True)
@@ -91,26 +87,10 @@ class Worker:
         everything = Coefficients((*known, *instruction.pools))
         replica.become(everything, instruction.digest)
         replica.touch()
-        update = algorithm.local_update(self._work(identity, instruction), config, instruction)
+        work = here.work(identity.client, self._samples(identity), instruction.round, instruction.pools[-1].pool)
+        update = algorithm.local_update(work, config, instruction)
         keep = [*used, *(wire.encode_pool(pool, bits) for pool in instruction.pools[:-1])]
         return wire.encode_update(update, config.scalar_bits), keep
-
-    def _work(self, identity: Identity, instruction: wire.Instruction) -> LocalWork:
-        here, config = self._resident, self.config
-        replica, language_model = here.replica, here.language_model
-        samples = self._samples(identity)
-        stream = Stream(config.seed, "batches", instruction.round, identity.client)
-        batches = client_batches(samples, config.batch_size, stream, language_model.tokenizer.pad_token_id)
-        return LocalWork(
-            model=replica.model,
-            weights=replica.weights,
-            loss=response_loss,
-            batches=(batch.to(language_model.device) for batch in batches),
-            directions=replica.directions(instruction.pools[-1].pool),
-            perturbation=replica.perturbation,
-            client=identity.client,
-            examples=len(samples),
-        )
 
     def _samples(self, identity: Identity) -> tuple[Encoded, ...]:
         if identity.data:

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 
 from fedtune import wire
-from fedtune.algorithms import LocalWork, State
+from fedtune.algorithms import State
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
-from fedtune.data.batches import Batch, client_batches, collate
+from fedtune.data.batches import Batch, collate
 from fedtune.evaluation import evaluate, response_loss
 from fedtune.resident import Resident
-from fedtune.seeds import Stream
 from fedtune.wire import Instruction, Kind
 
 FLOAT32 = 4  # bytes
@@ -179,21 +178,9 @@ def _time_client(here: Resident, state: State) -> tuple[float, float]:
 
 def _local_update(here: Resident, state: State, steps: int) -> None:
     """`steps` local steps of client 0 from the base model; the live weights are written and not put back."""
-    replica, lm = here.replica, here.language_model
     config = here.config.replace(local_steps=steps)
-    samples = here.data.clients[0]
-    batches = client_batches(samples, config.batch_size, Stream(config.seed, "estimate"), lm.tokenizer.pad_token_id)
-    work = LocalWork(
-        model=replica.model,
-        weights=replica.weights,
-        loss=response_loss,
-        batches=(batch.to(lm.device) for batch in batches),
-        directions=replica.directions(state.pool),
-        perturbation=replica.perturbation,
-        client="0",
-        examples=len(samples),
-    )
-    replica.touch()
+    work = here.work("0", here.data.clients[0], 1, state.pool)
+    here.replica.touch()
     here.algorithm.local_update(work, config, _instruction(here, state, state.published(config.coefficient_bits).pools[-1]))
 
 

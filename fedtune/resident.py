@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
-from fedtune.algorithms import ALGORITHMS
+from fedtune.algorithms import ALGORITHMS, LocalWork
 from fedtune.config import RunConfig, Scalar
+from fedtune.data.batches import client_batches
+from fedtune.data.encode import Encoded
 from fedtune.data.federated import FederatedData, load_federated
+from fedtune.directions import Pool
+from fedtune.evaluation import response_loss
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, load_model
 from fedtune.replica import Replica
+from fedtune.seeds import Stream
 
 _MODEL_SETTINGS = ("model", "revision", "trust_remote_code", "dtype", "device", "threads", "blocks", "algorithm")
 _DATA_SETTINGS = (
@@ -54,6 +60,22 @@ class Resident:
     @cached_property
     def data(self) -> FederatedData:
         return load_federated(self.config, self.language_model.tokenizer)
+
+    def work(self, client: str, samples: Sequence[Encoded], round: int, pool: Pool) -> LocalWork:
+        """What `client` works on in a round: its samples in the order of the stream (seed, "batches", round, client)."""
+        replica, lm, config = self.replica, self.language_model, self.config
+        stream = Stream(config.seed, "batches", round, client)
+        batches = client_batches(samples, config.batch_size, stream, lm.tokenizer.pad_token_id)
+        return LocalWork(
+            model=replica.model,
+            weights=replica.weights,
+            loss=response_loss,
+            batches=(batch.to(lm.device) for batch in batches),
+            directions=replica.directions(pool),
+            perturbation=replica.perturbation,
+            client=client,
+            examples=len(samples),
+        )
 
 
 _resident: dict[tuple[Scalar, ...], Resident] = {}

@@ -14,7 +14,7 @@ import torch
 from flwr.app import Context, Message
 
 import client.app
-import client.worker
+import fedtune.resident
 from client.worker import Identity, Worker
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS as RECORDS
@@ -185,7 +185,7 @@ def test_a_hostile_update_is_refused_named_and_changes_nothing(settings: Callabl
         return with_payload(reply, change(payload)) if message.metadata.dst_node_id == victim[0] else reply
 
     attacked = run(asked, Faults(tamper=tamper))
-    assert list(attacked.refused.values())[0].startswith(text)
+    assert next(iter(attacked.refused.values())).startswith(text)
     assert len(attacked.refused) == 1
     assert attacked.summary["updates_refused"] == 1
     without = run(
@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_is_reported_and_poisons_nothing(
     settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Defect elsewhere: an infinite loss becomes NaN weights, in the client and then in the global model."""
-    monkeypatch.setattr(client.worker, "response_loss", lambda model, batch: response_loss(model, batch) * float("inf"))
+    monkeypatch.setattr(fedtune.resident, "response_loss", lambda model, batch: response_loss(model, batch) * float("inf"))
     with pytest.raises(DivergedError, match="not finite after 0 of 4 steps"):
         run(settings(rounds=5))
     rows = RunFolder.open(settings().out).read_metrics()
