@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedtune.cli.numbers import in_bytes, in_loss, in_time
+from fedtune.cli.numbers import in_about, in_bytes, in_loss, in_time
 from fedtune.cli.rows import RoundRow
 from fedtune.cli.view import RunView
 from fedtune.progress import Event, Note, RoundFinished, RunStarted
@@ -31,7 +31,7 @@ class LineLog:
                 self._say(round_line(self._view.rows[-1]))
             case _ if self._view.elapsed - self._spoke >= SIGN_OF_LIFE:
                 left = self._view.seconds_left
-                self._say(self._view.doing + (f", about {in_time(left)} left" if left is not None else ""))
+                self._say(self._view.doing + (f", about {in_about(left)} left" if left is not None else ""))
 
     def _say(self, line: str) -> None:
         self._spoke = self._view.elapsed

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.lines import headline
-from fedtune.cli.numbers import in_bytes, in_loss, in_ratio, in_time
+from fedtune.cli.numbers import in_about, in_bytes, in_loss, in_ratio, in_time
 from fedtune.cli.rows import RoundRow
 from fedtune.cli.view import RunView
 
@@ -47,7 +47,7 @@ class LiveRun:
         view = self._view
         done, total = view.steps
         left = view.seconds_left
-        clock = in_time(view.elapsed) + (f", about {in_time(left)} left" if left is not None else "")
+        clock = in_about(view.elapsed) + (f", about {in_about(left)} left" if left is not None else "")
         if not total:
             return Text(f"{view.doing} ({clock})", style="cyan")
         line = Table.grid(padding=(0, 2))

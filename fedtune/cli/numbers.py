@@ -32,6 +32,15 @@ def in_time(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def in_about(seconds: float) -> str:
+    """A duration that is still changing or only estimated: 8 s, 4 min, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 90:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def in_loss(value: float | None) -> str:
     """A loss or score with four digits after the point; "-" if there is none, "not finite" for NaN and infinity."""
     if value is None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.cli.numbers import in_bytes, in_loss, in_ratio, in_time
+from fedtune.cli.numbers import in_about, in_bytes, in_loss, in_ratio, in_time
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -34,6 +34,16 @@ def test_bytes_keep_three_digits(count: float) -> None:
 )
 def test_time(seconds: float, text: str) -> None:
     assert in_time(seconds) == text
+
+
+def test_a_time_that_is_only_estimated() -> None:
+    assert [in_about(0.2), in_about(7.87), in_about(89.4), in_about(150), in_about(7500)] == [
+        "0 s",
+        "8 s",
+        "89 s",
+        "2 min",
+        "2 h 05 min",
+    ]
 
 
 def test_loss_and_ratio() -> None:

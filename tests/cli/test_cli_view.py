@@ -168,6 +168,6 @@ def test_the_log_gives_a_sign_of_life_in_a_long_round() -> None:
     events += [(SIGN_OF_LIFE / 5, event) for event in steps("0", 10)]
     lines = log_of(Clock(), events)
     assert lines[1:] == [
-        "round 1 of 4, client 0, local step 5 of 20, about 2 min 30 s left",
-        "round 1 of 4, client 0, local step 10 of 20, about 2 min 20 s left",
+        "round 1 of 4, client 0, local step 5 of 20, about 2 min left",
+        "round 1 of 4, client 0, local step 10 of 20, about 2 min left",
     ]
