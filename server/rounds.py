@@ -151,6 +151,8 @@ class Run:
             here.replica.become(self.strategy.model, self.strategy.digest)
         with self._phase("evaluate"):
             loss = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
+        if not loss.finite:
+            emit(Note(f"The held-out loss after round {number} is not finite: lower lr or server_lr.", warning=True))
         if not (ends and config.generate_samples):
             return loss, None
         with self._phase("generate"):
@@ -166,13 +168,13 @@ class Run:
             "round": number,
             "clients": tally.clients,
             "refused": tally.refused,
-            "eval_loss": loss.loss if loss else None,
-            "eval_loss_sample_mean": loss.loss_sample_mean if loss else None,
-            "perplexity": loss.perplexity if loss else None,
+            "eval_loss": _finite(loss.loss) if loss else None,
+            "eval_loss_sample_mean": _finite(loss.loss_sample_mean) if loss else None,
+            "perplexity": _finite(loss.perplexity) if loss else None,
             "rouge_l": text.rouge_l if text else None,
             "rouge_l_papers": text.rouge_l_papers if text else None,
             "exact_match": text.exact_match if text else None,
-            "train_loss": None if math.isnan(tally.train_loss) else tally.train_loss,
+            "train_loss": _finite(tally.train_loss),
             "bytes_up": tally.bytes_up,
             "bytes_down": tally.bytes_down,
             "messages_up": tally.messages_up,
@@ -206,8 +208,7 @@ class Run:
 
     def _finish(self) -> dict[str, object]:
         config, rows = self.config, self.rows
-        measured = [row for row in rows if row["eval_loss"] is not None]
-        best = min(measured, key=lambda row: _number(row["eval_loss"]))
+        best = min(rows, key=lambda row: _number(row["eval_loss"]))
         up, down = _sum(rows, "bytes_up"), _sum(rows, "bytes_down")
         messages_up, messages_down = _sum(rows, "messages_up"), _sum(rows, "messages_down")
         parameters = self.here.replica.layout.numel
@@ -248,6 +249,11 @@ class Run:
         begun = time.monotonic()
         yield
         self._phases[name] = self._phases.get(name, 0.0) + time.monotonic() - begun
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: what is not a number is null."""
+    return value if math.isfinite(value) else None
 
 
 def _number(value: object) -> float:
