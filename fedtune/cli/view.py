@@ -135,4 +135,6 @@ class RunView:
             done, total = self.steps
             client = f", client {self._last}" if self._last in self._steps else ""
             return f"round {self.round} of {self.started.rounds}{client}, local step {done} of {total}"
+        if not self.rows:
+            return "waiting for clients, then evaluating the base model"
         return "finishing" if self.finished else "between rounds"

@@ -48,7 +48,7 @@ def test_it_says_what_is_being_done() -> None:
     assert after().doing == "loading model and data"
     assert after(STARTED, EvaluationStep("loss", 3, 9)).doing == "evaluating, 3 of 9 samples"
     assert after(STARTED, EvaluationStep("generate", 3, 9)).doing == "generating, 3 of 9 samples"
-    assert after(STARTED, EvaluationStep("loss", 9, 9)).doing == "between rounds"
+    assert after(STARTED, EvaluationStep("loss", 9, 9)).doing == "waiting for clients, then evaluating the base model"
     assert after(*first, *steps("0", 10), *steps("3", 2)).doing == "round 1 of 4, client 3, local step 12 of 20"
     assert after(*first, RoundFinished(1, metrics(1, ("0", "3")))).doing == "between rounds"
 
