@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 $(PIP_FLAGS)
 
 .PHONY: help demo test check install clean
 .DELETE_ON_ERROR:
