@@ -42,33 +42,26 @@ class Directions:
     def __init__(self, layout: Layout, pool: Pool) -> None:
         self.layout, self.pool = layout, pool
         self.family = make_family(pool, layout)
-        self._views: dict[int, tuple[int, int, F32, F32]] = {}
+        self._views: dict[tuple[int, bool], tuple[int, int, F32, F32]] = {}
 
     def perturb(self, index: int, weight: Tensor, out: Tensor, k: int, c: float) -> None:
-        """out = round(float32(weight) + c * z_k) for tensor `index` of the layout; `weight` is only read.
-
-        Keeps numpy views of the last float32 pair per tensor: this is called for every tensor of every forward pass.
-        """
+        """out = round(float32(weight) + c * z_k) for tensor `index` of the layout; `weight` is only read."""
         if not 0 <= k < self.pool.size:
             raise self._no_such_seed(k)
         entry = self.layout.entries[index]
         if entry.numel <= PIECE and _direct(weight) and _direct(out):
-            views = self._views.get(index)
-            if views is None or views[0] != weight.data_ptr() or views[1] != out.data_ptr():
-                _check(entry, weight, out)
-                arrays = (_array(weight.detach().reshape(-1)), _array(out.detach().reshape(-1)))
-                views = self._views[index] = (weight.data_ptr(), out.data_ptr(), *arrays)
-            self.family.add(views[3], views[2], entry.origin, k, c)
+            source, target = self._arrays(index, weight, out)
+            self.family.add(target, source, entry.origin, k, c)
         else:
-            self._apply(entry, weight, out, partial(self._add, k, c))
+            self._apply(index, weight, out, partial(self._add, k, c))
 
     def add(self, weights: Sequence[Tensor], k: int, c: float) -> None:
         """weights += c * z_k in place, each tensor rounded to its own dtype once."""
         if not 0 <= k < self.pool.size:
             raise self._no_such_seed(k)
         self._check_count(weights)
-        for entry, weight in zip(self.layout.entries, weights, strict=True):
-            self._apply(entry, weight, weight, partial(self._add, k, c))
+        for index, weight in enumerate(weights):
+            self.perturb(index, weight, weight, k, c)
 
     def combine(self, base: Sequence[Tensor], out: Sequence[Tensor], coefficients: F32) -> None:
         """out = round(float32(base) + sum_k C[block, k] z_k), the sum first; base may be out.
@@ -89,8 +82,8 @@ class Directions:
             self._combine_seed_by_seed(base, out, coefficients)
             return
         rows = np.ascontiguousarray(coefficients)
-        for entry, source, target in zip(self.layout.entries, base, out, strict=True):
-            self._apply(entry, source, target, partial(self._combine, rows[entry.block]))
+        for index, entry in enumerate(self.layout.entries):
+            self._apply(index, base[index], out[index], partial(self._combine, rows[entry.block]))
 
     def project(self, deltas: Iterable[tuple[int, Tensor]], wanted: Bools | None = None) -> F64:
         """float64 [L, K]: sum over the tensors of block l of <z_k, delta>, zero where not `wanted` (bool [L, K]; None: all).
@@ -118,8 +111,18 @@ class Directions:
     def _combine(self, coefficients: F32, out: F32, base: F32, p0: int) -> None:
         self.family.combine(out, base, p0, coefficients)
 
-    def _apply(self, entry: Entry, base: Tensor, out: Tensor, run: Run) -> None:
+    def _arrays(self, index: int, base: Tensor, out: Tensor) -> tuple[F32, F32]:
+        """Flat numpy views of a small float32 pair. The last ones are kept: every forward pass asks for every tensor."""
+        views = self._views.get((index, base is out))
+        if views is None or views[0] != base.data_ptr() or views[1] != out.data_ptr():
+            _check(self.layout.entries[index], base, out)
+            source, target = _array(base.detach().view(-1)), _array(out.detach().view(-1))
+            views = self._views[index, base is out] = (base.data_ptr(), out.data_ptr(), source, target)
+        return views[2], views[3]
+
+    def _apply(self, index: int, base: Tensor, out: Tensor, run: Run) -> None:
         """`run` over one tensor; in threads where it is large and on the CPU."""
+        entry = self.layout.entries[index]
         _check(entry, base, out)
         for offset, (source, target) in _rows(base.detach(), out.detach()):
             pieces = [(source[a:b], target[a:b], entry.origin + offset + a) for a, b in _cut(len(source))]
@@ -153,8 +156,8 @@ class Directions:
         entries = self.layout.entries
         sums = [torch.zeros(entry.shape) for entry in entries]
         for k in np.flatnonzero(coefficients.any(axis=0)).tolist():
-            for entry, total in zip(entries, sums, strict=True):
-                self._apply(entry, total, total, partial(self._add, k, float(coefficients[entry.block, k])))
+            for index, entry in enumerate(entries):
+                self.perturb(index, sums[index], sums[index], k, float(coefficients[entry.block, k]))
         for entry, source, target, total in zip(entries, base, out, sums, strict=True):
             _check(entry, source, target)
             target.detach().copy_(source.detach().to(device="cpu", dtype=torch.float32) + total)

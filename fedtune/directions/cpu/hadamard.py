@@ -19,6 +19,7 @@ from fedtune.directions.cpu.philox import SCRATCH, random_words
 from fedtune.directions.cpu.signs import add_signs, copy_unless_same, flip
 from fedtune.directions.cpu.transform import TURN, walsh_hadamard
 
+POWERS = (np.uint32(1) << np.arange(17, dtype=np.uint32)).astype(np.uint32)
 # Bit i of mask q is bit q of i, so the signs of column c over 32 positions are the xor of the masks of its set bits.
 MASKS = np.array([0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000], dtype=np.uint32)
 
@@ -97,24 +98,27 @@ def project(sums: Any, delta: Any, p0: int, tile: Any) -> None:
 
 @kernel
 def _columns(columns: Any, first: int, number: int, tile: Any, bits: int, turn: int) -> None:
-    """columns[j] = pi_t(first + j) mod 2^bits, then rotated left by `turn` bits; t = number."""
+    """columns[j] = pi_t(first + j) mod 2^bits, then rotated left by `turn` bits; t = number.
+
+    Numbers have 16 bits at most, so x >> s is (x * 2^(16 - s)) >> 16, which keeps the loop in 32-bit vector lanes: a shift
+    by a variable amount would be done in 64. (The powers are read from memory, or LLVM makes shifts of them again.)
+    """
     words = random_words(np.empty(SCRATCH, np.uint32), number, 1, 0, COLUMNS, tile[0], tile[1])
-    mask = np.uint32((1 << tile[2]) - 1)
-    fold = np.uint32((1 << bits) - 1)
-    left, right = np.uint32(turn), np.uint32(bits - turn)
+    mask, fold = np.uint32((1 << tile[2]) - 1), np.uint32((1 << bits) - 1)
     start = np.uint32(words[3] + np.uint32(first))
     odd0, odd1, odd2 = np.uint32(words[0] | 1), np.uint32(words[1] | 1), np.uint32(words[2] | 1)
     add0, add1, add2 = np.uint32(words[0] >> 16), np.uint32(words[1] >> 16), np.uint32(words[2] >> 16)
-    shift0, shift1, shift2 = np.uint32(tile[3]), np.uint32(tile[4]), np.uint32(tile[5])
+    shift0, shift1, shift2 = POWERS[16 - tile[3]], POWERS[16 - tile[4]], POWERS[16 - tile[5]]
+    left, right = POWERS[turn], POWERS[16 - (bits - turn)]
     for j in range(columns.shape[0]):
         x = np.uint32(np.uint32(np.uint32(j) + start) & mask)
         x = np.uint32(np.uint32(np.uint32(x * odd0) + add0) & mask)
-        x = np.uint32(x ^ (x >> shift0))
+        x = np.uint32(x ^ np.uint32(np.uint32(x * shift0) >> np.uint32(16)))
         x = np.uint32(np.uint32(np.uint32(x * odd1) + add1) & mask)
-        x = np.uint32(x ^ (x >> shift1))
+        x = np.uint32(x ^ np.uint32(np.uint32(x * shift1) >> np.uint32(16)))
         x = np.uint32(np.uint32(np.uint32(x * odd2) + add2) & mask)
-        x = np.uint32(np.uint32(x ^ (x >> shift2)) & fold)
-        columns[j] = np.uint32(np.uint32(x << left) | np.uint32(x >> right)) & fold
+        x = np.uint32(np.uint32(x ^ np.uint32(np.uint32(x * shift2) >> np.uint32(16))) & fold)
+        columns[j] = np.uint32(np.uint32(x * left) | np.uint32(np.uint32(x * right) >> np.uint32(16))) & fold
 
 
 @kernel
