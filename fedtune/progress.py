@@ -105,6 +105,11 @@ def listening(listener: Listener) -> Iterator[None]:
         _listeners.remove(listener)
 
 
+def heard() -> bool:
+    """Whether anybody listens in this process."""
+    return bool(_listeners)
+
+
 def request_stop() -> None:
     """Ask the run in this process to stop after the step in hand (Ctrl-C)."""
     _stop.set()

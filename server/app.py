@@ -1,17 +1,23 @@
 """The Flower ServerApp: it reads the run config, opens the run folder and hands over to the round loop.
 
-Flower reports a failed ServerApp only in its logs, so a failure is also written to error.json in the run folder, where
-`fedtune simulate --engine flower` finds it.
+Flower reports a failed ServerApp only in its logs, so a failure is also written to error.json in the run folder. Where
+nobody in the process listens (a deployment, `flwr run`), the run is told line by line in Flower's log.
 """
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedtune import progress
+from fedtune.cli.lines import LineLog
+from fedtune.cli.view import RunView
 from fedtune.config import RunConfig
 from fedtune.run_folder import RunFolder
 from server.rounds import Run
@@ -27,7 +33,19 @@ def main(grid: Grid, context: Context) -> None:
     config = asked.replace(out=str(Path(out).resolve()))
     folder = RunFolder.create(config.out, asked.as_mapping(), config)
     try:
-        Run(grid, config, folder).execute()
+        with _told():
+            Run(grid, config, folder).execute()
     except Exception as error:
         folder.write_json("error.json", {"type": type(error).__name__, "message": str(error)})
         raise
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell the run in Flower's log, unless somebody listens already."""
+    with ExitStack() as stack:
+        if not progress.heard():
+            view = RunView()
+            stack.enter_context(progress.listening(view))
+            stack.enter_context(progress.listening(LineLog(view, logging.getLogger("flwr").info)))
+        yield

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fedtune.cli.numbers import in_about, in_bytes, in_loss, in_time
 from fedtune.cli.rows import RoundRow
 from fedtune.cli.view import RunView
-from fedtune.progress import Event, Note, RoundFinished, RunStarted
+from fedtune.progress import ClientFinished, Event, Note, RoundFinished, RunStarted
 
 SIGN_OF_LIFE = 10.0
 """Seconds of silence after which the next event prints a line about the work in hand."""
@@ -27,6 +27,8 @@ class LineLog:
                 self._say(("warning: " if event.warning else "") + event.text)
             case RunStarted():
                 self._say(headline(event))
+            case ClientFinished() if event.problem:
+                self._say(refusal(event))
             case RoundFinished():
                 self._say(round_line(self._view.rows[-1]))
             case _ if self._view.elapsed - self._spoke >= SIGN_OF_LIFE:
@@ -52,6 +54,11 @@ def round_line(row: RoundRow) -> str:
     if row.round:
         parts.append(f"up {in_bytes(row.up_per_client)} down {in_bytes(row.down_per_client)} a client")
     return ", ".join([*parts, in_time(row.seconds)])
+
+
+def refusal(event: ClientFinished) -> str:
+    """Why a client's update is not used, in one line."""
+    return f"warning: round {event.round}, client {event.client}: {event.problem}"
 
 
 def headline(started: RunStarted) -> str:

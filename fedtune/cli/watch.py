@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.live import Live
 
 from fedtune import progress
-from fedtune.cli.lines import LineLog
+from fedtune.cli.lines import LineLog, refusal
 from fedtune.cli.live import LiveRun
 from fedtune.cli.view import RunView
-from fedtune.progress import Event, Note
+from fedtune.progress import ClientFinished, Event, Note
 
 REFRESH = 5  # times a second
 STOPPING = "Stopping after the step in hand; Ctrl-C again stops at once."
@@ -55,6 +55,8 @@ def _display(view: RunView, console: Console) -> Iterator[None]:
             if isinstance(event, Note):
                 style = "yellow" if event.warning else "dim"
                 live.console.print(event.text, style=style, markup=False, soft_wrap=True)
+            elif isinstance(event, ClientFinished) and event.problem:
+                live.console.print(refusal(event), style="yellow", markup=False, soft_wrap=True)
 
         with progress.listening(above):
             yield
