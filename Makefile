@@ -39,7 +39,7 @@ check: $(VENV)/.stamp-dev
 install: $(VENV)/.stamp-package
 
 $(VENV)/.stamp-python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "fedtune needs Python 3.11 or newer and '$(PYTHON)' is older or missing: make $(MAKECMDGOALS) PYTHON=python3.13" >&2; exit 1; }
 	@echo "== environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { \

@@ -73,6 +73,14 @@ def load_model(config: RunConfig) -> LanguageModel:
     return LanguageModel(model, tokenizer, device, tuple(note for note in notes if note), source)
 
 
+def load_tokenizer(config: RunConfig) -> Any:
+    """The tokenizer of `config.model` without its weights, for looking at data. Raises ModelError as `load_model` does."""
+    source = resolve_model(config.model)
+    folder = _local_folder(source, config)
+    with _quiet():
+        return _read_tokenizer(folder, source, config)
+
+
 def resolve_model(name: str) -> str:
     """The folder or hub name that the setting `model` means: variables expanded, 'embedded' replaced by its folder."""
     return str(embedded_path("model")) if name == "embedded" else expand(name)

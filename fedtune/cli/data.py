@@ -41,9 +41,9 @@ def show(
     console = Console(highlight=False)
     console.print("loading tokenizer and data", style="dim")
     from fedtune.data.federated import describe, load_federated
-    from fedtune.models import load_model
+    from fedtune.models import load_tokenizer
 
-    tokenizer = load_model(config).tokenizer
+    tokenizer = load_tokenizer(config)
     data = load_federated(config, tokenizer)
     for number, encoded in enumerate(data.clients[client][:samples], start=1):
         trained = f"{encoded.response_length} of {len(encoded.input_ids)} tokens are trained on"

@@ -77,6 +77,14 @@ def test_data_show_marks_what_is_trained_on(fedtune: Callable[..., Outcome], tin
     assert "dropped: none" in outcome.out
 
 
+def test_data_show_needs_no_weights(
+    fedtune: Callable[..., Outcome], tiny_preset: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "no_weights"
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert fedtune("data", "show", "tiny.toml", "--set", f"model={folder}").code == 0
+
+
 def test_data_show_refuses_a_client_that_is_not_there(fedtune: Callable[..., Outcome], tiny_preset: Path) -> None:
     outcome = fedtune("data", "show", "tiny.toml", "--client", "4")
     assert outcome.code == 2
