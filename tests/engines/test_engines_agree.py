@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from fedtune import progress
-from fedtune.config import RunConfig
 from fedtune.errors import DataError, EngineError, Interrupted
 from fedtune.run_folder import RunFolder
 from simulations.engines import flower, superlink
@@ -22,8 +21,6 @@ from simulations.engines.in_process import run_in_process
 from simulations.engines.processes import living
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-SMALL = {"rounds": 2, "clients": 4, "client_fraction": 1.0, "local_steps": 3, "K": 64, "eval_samples": 16, "threads": 1}
 
 
 @pytest.fixture
@@ -36,16 +33,12 @@ def homes(monkeypatch) -> Iterator[Path]:
         assert list(Path(folder).iterdir()) == []
 
 
-def small(out: Path, **changes) -> RunConfig:
-    return RunConfig().replace(**{**SMALL, "out": str(out), **changes})
-
-
 @pytest.mark.parametrize("algorithm", ["fedkseed", "ferret"])
-def test_flower_and_in_process_reach_the_same_model(tmp_path, homes, algorithm):
+def test_flower_and_in_process_reach_the_same_model(small, tmp_path, homes, algorithm):
     events: list[progress.Event] = []
     with progress.listening(events.append):
-        there = run_flower(small(tmp_path / "flower", algorithm=algorithm), workers=2)
-    here = run_in_process(small(tmp_path / "here", algorithm=algorithm))
+        there = run_flower(small("flower", algorithm=algorithm), workers=2)
+    here = run_in_process(small("here", algorithm=algorithm))
     assert there["digest"] == here["digest"]
     assert there["final_loss"] == here["final_loss"]
     assert there["payload_bytes_up"] == here["payload_bytes_up"]
@@ -60,31 +53,31 @@ def test_flower_and_in_process_reach_the_same_model(tmp_path, homes, algorithm):
     assert events[-1].summary == there
 
 
-def test_a_failing_server_gives_its_own_error(tmp_path, homes):
+def test_a_failing_server_gives_its_own_error(small, tmp_path, homes):
     with pytest.raises(DataError) as there:
-        run_flower(small(tmp_path / "flower", data=str(tmp_path / "missing.jsonl")), workers=1)
+        run_flower(small("flower", data=str(tmp_path / "missing.jsonl")), workers=1)
     with pytest.raises(DataError) as here:
-        run_in_process(small(tmp_path / "here", data=str(tmp_path / "missing.jsonl")))
+        run_in_process(small("here", data=str(tmp_path / "missing.jsonl")))
     assert (type(there.value), str(there.value)) == (type(here.value), str(here.value))
     assert there.value.facts["tail"]
 
 
-def test_a_runtime_that_cannot_start_its_workers_is_an_engine_error(tmp_path, homes, monkeypatch):
+def test_a_runtime_that_cannot_start_its_workers_is_an_engine_error(small, homes, monkeypatch):
     too_much = {"client-resources-num-cpus": 8, "init-args-num-cpus": 1}
     monkeypatch.setattr(flower._Device, "resources", lambda self, workers, asked: too_much)
     with pytest.raises(EngineError, match=r"Flower ended the run as 'finished:failed': .*ActorPool is empty") as caught:
-        run_flower(small(tmp_path / "out"), workers=1)
+        run_flower(small("out"), workers=1)
     assert caught.value.facts["tail"]
 
 
-def test_a_request_to_stop_ends_everything(tmp_path, homes):
+def test_a_request_to_stop_ends_everything(small, tmp_path, homes):
     def stop_in_first_round(event: progress.Event) -> None:
         if isinstance(event, progress.RoundFinished):
             progress.request_stop()
 
     try:
         with pytest.raises(Interrupted), progress.listening(stop_in_first_round):
-            run_flower(small(tmp_path / "out", rounds=1000), workers=1)
+            run_flower(small("out", rounds=1000), workers=1)
     finally:
         progress.clear_stop()
     rows = RunFolder.open(tmp_path / "out").read_metrics()
@@ -92,16 +85,15 @@ def test_a_request_to_stop_ends_everything(tmp_path, homes):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_everything(tmp_path, homes, number):
+def test_signals_end_everything(small, tmp_path, homes, number):
+    config = small("out", rounds=1000)
     code = (
-        "import sys\n"
         "from fedtune.config import RunConfig\n"
-        "from simulations.engines import superlink\n"
-        "from simulations.engines.flower import run_flower\n"
+        "from simulations.engines import flower, superlink\n"
         f"superlink._short_temporary = lambda: {str(homes)!r}\n"
-        f"run_flower(RunConfig().replace(**{ {**SMALL, 'rounds': 1000}!r}, out=sys.argv[1]), workers=1)\n"
+        f"flower.run_flower(RunConfig.from_mapping({config.as_mapping()!r}), workers=1)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], cwd=tmp_path, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
     metrics = tmp_path / "out" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
