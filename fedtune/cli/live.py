@@ -40,7 +40,6 @@ class LiveRun:
             parts.append(Text("stopping after the step in hand", style="yellow"))
         if view.rows:
             parts.append(self._bytes())
-        parts += [Text(f"refused: {problem}", style="yellow") for problem in view.problems[-2:]]
         return parts
 
     def _work(self) -> RenderableType:

@@ -12,7 +12,6 @@ from fedtune.progress import (
     ClientStep,
     EvaluationStep,
     Event,
-    Note,
     RoundFinished,
     RoundStarted,
     RunFinished,
@@ -34,7 +33,6 @@ class RunView:
         rows: the finished rounds; round 0 is the base model.
         round, asked: the round in hand and its clients; 0 and () between rounds.
         evaluating: the evaluation in hand.
-        notes: notes and warnings so far; problems: one line for each refused update.
         stopping: the user asked to stop; finished: the run said that it is.
     """
 
@@ -44,8 +42,6 @@ class RunView:
     round: int = 0
     asked: tuple[str, ...] = ()
     evaluating: EvaluationStep | None = None
-    notes: list[Note] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
     stopping: bool = False
     finished: bool = False
 
@@ -70,14 +66,10 @@ class RunView:
                 self._last, self.evaluating = event.client, None
             case ClientFinished():
                 self._steps[event.client] = self._local_steps
-                if event.problem:
-                    self.problems.append(f"round {event.round}, client {event.client}: {event.problem}")
             case EvaluationStep():
                 self.evaluating = event if event.done < event.total else None
             case RoundFinished():
                 self._finish_round(event)
-            case Note():
-                self.notes.append(event)
             case RunFinished():
                 self.finished = True
 

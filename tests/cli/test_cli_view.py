@@ -53,10 +53,9 @@ def test_it_says_what_is_being_done() -> None:
     assert after(*first, RoundFinished(1, metrics(1, ("0", "3")))).doing == "between rounds"
 
 
-def test_a_refused_client_counts_as_done_and_is_named() -> None:
+def test_a_refused_client_counts_as_done() -> None:
     view = after(STARTED, RoundStarted(1, ("0", "3")), *steps("0", 4), ClientFinished(1, "0", "not finite"))
     assert view.steps == (10, 20)
-    assert view.problems == ["round 1, client 0: not finite"]
 
 
 def test_time_left_follows_the_steps_done() -> None:
@@ -150,6 +149,8 @@ def test_the_log_has_a_line_a_round() -> None:
             (0, STARTED),
             (0, RoundFinished(0, metrics(0, ()))),
             *[(0, event) for event in steps("0", 3)],
+            (0, ClientFinished(1, "0", "")),
+            (0, ClientFinished(1, "3", "late")),
             (0, RoundFinished(1, rouge)),
         ],
     )
@@ -158,6 +159,7 @@ def test_the_log_has_a_line_a_round() -> None:
         "warning: slow disk",
         "ferret: 1,000,000 parameters, 2 of 8 clients a round, 10 local steps, 4 rounds, in runs/x",
         "base model, held-out loss 3.0000, 1.50 s",
+        "warning: round 1, client 3: late",
         "round 1, 1 clients (1 refused), train loss 2.5000, held-out loss 2.7500, ROUGE-L 0.2500, "
         "up 100 B down 1.00 kB a client, 1.50 s",
     ]
