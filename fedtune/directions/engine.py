@@ -59,7 +59,7 @@ class Directions:
         """weights += c * z_k in place, each tensor rounded to its own dtype once."""
         if not 0 <= k < self.pool.size:
             raise self._no_such_seed(k)
-        self._check_count(weights)
+        self._check_all(weights)
         for index, weight in enumerate(weights):
             self.perturb(index, weight, weight, k, c)
 
@@ -76,8 +76,8 @@ class Directions:
             )
         if not np.isfinite(coefficients).all():
             raise DirectionsError("Coefficients must be finite: a NaN or infinity would spread over the whole model.")
-        self._check_count(base)
-        self._check_count(out)
+        self._check_all(base)
+        self._check_all(out)
         if self.family.whole:
             self._combine_seed_by_seed(base, out, coefficients)
             return
@@ -158,8 +158,7 @@ class Directions:
         for k in np.flatnonzero(coefficients.any(axis=0)).tolist():
             for index, entry in enumerate(entries):
                 self.perturb(index, sums[index], sums[index], k, float(coefficients[entry.block, k]))
-        for entry, source, target, total in zip(entries, base, out, sums, strict=True):
-            _check(entry, source, target)
+        for source, target, total in zip(base, out, sums, strict=True):
             target.detach().copy_(source.detach().to(device="cpu", dtype=torch.float32) + total)
 
     def _project_seed_by_seed(self, sums: F64, deltas: list[tuple[int, Tensor]], wanted: Bools | None) -> None:
@@ -176,12 +175,15 @@ class Directions:
     def _no_such_seed(self, k: int) -> DirectionsError:
         return DirectionsError(f"There is no seed number {k}: the pool has {self.pool.size} seeds, counted from 0.", k=k)
 
-    def _check_count(self, tensors: Sequence[Tensor]) -> None:
+    def _check_all(self, tensors: Sequence[Tensor]) -> None:
+        """Before anything is written, so that a refused call changes nothing."""
         if len(tensors) != len(self.layout.entries):
             raise DirectionsError(
                 f"The layout has {len(self.layout.entries)} tensors but {len(tensors)} were given: "
                 "pass all trainable tensors in layout order."
             )
+        for entry, tensor in zip(self.layout.entries, tensors, strict=True):
+            _check(entry, tensor)
 
 
 def _apply_piece(run: Run, piece: tuple[Tensor, Tensor, int]) -> None:

@@ -15,7 +15,8 @@ from fedtune.layout import Layout
 class Hadamard(Family):
     """z_k[p] = D[p] * H[p mod n, pi_t(k)]: exactly orthogonal in a full tile of n = 4096 (or more, for a larger pool).
 
-    Cost of `combine` and `project`: one fast Walsh-Hadamard transform a tile, independent of K.
+    Cost of `combine` and `project`: one fast Walsh-Hadamard transform a tile, independent of K. Two seeds of a pool are
+    uncorrelated over pool seeds except at the first position of each tile, where row 0 of H makes all of them D.
     """
 
     name = "hadamard"

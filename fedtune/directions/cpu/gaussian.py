@@ -2,7 +2,8 @@
 
 The logarithm, sine and cosine are polynomials from S. L. Moshier's Cephes library (single precision: logf.c, sinf.c,
 cosf.c), without branches, so that they run in vector registers and give the same bits whatever the C library. Only
-correctly rounded operations occur: +, -, *, square root, conversions. Largest value: sqrt(2 ln 2^33) = 6.76.
+correctly rounded operations occur: +, -, *, square root, conversions. Values are within 1e-6 of the exact transform where
+the radius of the pair is above 0.05 (99.9 % of them) and within 3e-4 anywhere; the largest is sqrt(2 ln 2^33) = 6.76.
 
 Runs are worked off in stretches of 4096 positions that start at multiples of 4096, so the order of every sum is fixed by
 the positions. `key` is int64 [2], the key words of the pool.
@@ -113,14 +114,14 @@ def _direction(normals: Any, words: Any, p: int, size: int, k: int, key: Any) ->
     count = last - first
     x0, x1, x2, x3 = words[0, :count], words[1, :count], words[2, :count], words[3, :count]
     random_planes(x0, x1, x2, x3, first, k, GAUSSIAN, key[0], key[1])
-    _box_muller(normals[: 4 * count], x0, x1)
-    _box_muller(normals[2 : 4 * count], x2, x3)
+    box_muller(normals[: 4 * count], x0, x1)
+    box_muller(normals[2 : 4 * count], x2, x3)
     start = p & 3
     return normals[start : start + size]
 
 
 @kernel
-def _box_muller(normals: Any, radii: Any, turns: Any) -> None:
+def box_muller(normals: Any, radii: Any, turns: Any) -> None:
     """normals[4 j] and normals[4 j + 1]: the pair that radii[j] and turns[j] (uint32) make."""
     for j in range(radii.shape[0]):
         radius = np.sqrt(MINUS_TWO * _log(_unit(radii[j])))

@@ -36,7 +36,7 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
         size = min(n - (p & (n - 1)), out.shape[0] - done)
         run = out[done : done + size]
         copy_unless_same(run, base[done : done + size])
-        _columns(column, k, p >> tile[2], tile, tile[2], 0)
+        columns_of(column, k, p >> tile[2], tile, tile[2], 0)
         signs = _signs(words, p, size, tile)
         _column_signs(signs, p >> 7 << 2 & ((n >> 5) - 1), column[0])
         add_signs(run, signs, p & 127, np.float32(c))
@@ -58,7 +58,7 @@ def combine(out: Any, base: Any, p0: int, coefficients: Any, tile: Any) -> None:
         bits = _width(start + size)
         folded = sums[: 1 << bits]
         folded[:] = np.float32(0.0)
-        _columns(columns, 0, p >> tile[2], tile, bits, TURN)
+        columns_of(columns, 0, p >> tile[2], tile, bits, TURN)
         for k in range(columns.shape[0]):
             folded[columns[k]] += coefficients[k]
         walsh_hadamard(folded, spare[: 1 << bits])
@@ -90,14 +90,14 @@ def project(sums: Any, delta: Any, p0: int, tile: Any) -> None:
         values[start + size : width] = np.float32(0.0)
         flip(values[start : start + size], _signs(words, p, size, tile), p & 127)
         walsh_hadamard(values[:width], spare[:width])
-        _columns(columns, 0, p >> tile[2], tile, bits, bits - TURN)
+        columns_of(columns, 0, p >> tile[2], tile, bits, bits - TURN)
         for k in range(columns.shape[0]):
             sums[k] += np.float64(values[columns[k]])
         done += size
 
 
 @kernel
-def _columns(columns: Any, first: int, number: int, tile: Any, bits: int, turn: int) -> None:
+def columns_of(columns: Any, first: int, number: int, tile: Any, bits: int, turn: int) -> None:
     """columns[j] = pi_t(first + j) mod 2^bits, then rotated left by `turn` bits; t = number.
 
     Numbers have 16 bits at most, so x >> s is (x * 2^(16 - s)) >> 16, which keeps the loop in 32-bit vector lanes: a shift
