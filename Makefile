@@ -1,6 +1,6 @@
 # `make demo` sets everything up and trains; `make test` sets everything up and checks. Both can be run again at any time.
 #
-#   make demo                            environment, then two federated runs on the embedded model (CPU, minutes)
+#   make demo                            environment, then two federated runs on the embedded model (CPU, a minute)
 #   make test                            environment, then ruff, mypy and every test that needs no GPU
 #   make clean                           remove the environment and the caches; runs/ stays
 #

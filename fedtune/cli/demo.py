@@ -16,7 +16,7 @@ PRESETS = ("demo_fedkseed", "demo_ferret")
 
 
 def demo(out: OutOption = "", as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Run both algorithms on a small model that ships with fedtune, on a CPU in minutes, and compare them.
+    """Run both algorithms on a small model that ships with fedtune, on a CPU in about a minute, and compare them.
 
     [bold]fedtune demo --out runs/first[/bold] writes runs/first/demo_fedkseed and runs/first/demo_ferret.
     """
@@ -32,6 +32,8 @@ def demo(out: OutOption = "", as_json: JsonOption = False, quiet: QuietOption = 
             console.print(f"\n{name}", style="bold", markup=False)
         summaries[name] = run_watched(config, runner(Engine.in_process), quiet=quiet, to_stderr=as_json)
     if not (as_json and quiet):
+        console.print()
         console.print(comparison_table(summaries))
+        console.print(f"\nRun folders: {', '.join(config.out for config in configs)}", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(summaries))
