@@ -30,7 +30,7 @@ class Memory:
     Attributes:
         weights: the live weights.
         base: the copy of the base model that every rebuild starts from.
-        scratch: one module's perturbed weights (FedKSeed).
+        scratch: perturbed weights, of the largest module or of a small model as a whole (FedKSeed).
         logits: float32 logits of the longest batch, the largest tensor of a forward pass.
         gradients: one for each weight (Ferret).
         start: the weights that the local steps started from (Ferret).
@@ -49,7 +49,7 @@ class Memory:
 
     @property
     def zeroth_order(self) -> int:
-        """Peak of a FedKSeed client: inference, one module's scratch and the base."""
+        """Peak of a FedKSeed client: inference, the scratch and the base."""
         return self.weights + self.base + self.scratch + 2 * self.logits
 
     @property
@@ -236,18 +236,14 @@ def _synchronise(here: Resident) -> None:
 
 
 def _memory(here: Resident) -> Memory:
-    replica, lm = here.replica, here.language_model
+    replica = here.replica
     weights = sum(weight.numel() * weight.element_size() for weight in replica.weights)
     batch = _longest_batch(here)
     logits, saved = _activations(here, batch)
-    own = [
-        sum(p.numel() * p.element_size() for p in module.parameters(recurse=False) if p.requires_grad)
-        for module in lm.model.modules()
-    ]
     return Memory(
         weights=weights,
         base=weights,
-        scratch=max(own),
+        scratch=replica.perturbation.scratch_bytes,
         logits=logits,
         gradients=weights,
         start=weights,
