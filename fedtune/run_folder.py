@@ -22,6 +22,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -170,6 +171,11 @@ class RunFolder:
         if not name or Path(name).name != name:
             raise RunFolderError(f"'{name}' is not a plain file name: files of a run lie directly in its folder.", name=name)
         return self.path / name
+
+
+def dated(label: str) -> str:
+    """The default place of a run: runs/LABEL-DATE-TIME."""
+    return f"runs/{label}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def check_new(path: str | Path) -> None:

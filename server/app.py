@@ -7,7 +7,6 @@ nobody in the process listens (a deployment, `flwr run`), the run is told line b
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from fedtune import progress
 from fedtune.cli.lines import LineLog
 from fedtune.cli.view import RunView
 from fedtune.config import RunConfig
-from fedtune.run_folder import RunFolder
+from fedtune.run_folder import RunFolder, dated
 from server.rounds import Run
 
 app = ServerApp()
@@ -29,7 +28,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation to its end."""
     asked = RunConfig.from_mapping(dict(context.run_config))
-    out = asked.out or f"runs/{asked.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = asked.out or dated(asked.algorithm)
     config = asked.replace(out=str(Path(out).resolve()))
     folder = RunFolder.create(config.out, asked.as_mapping(), config)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, cast
 
@@ -18,7 +17,7 @@ from fedtune.cli.tables import Summary, result_table
 from fedtune.cli.watch import watching
 from fedtune.config import RunConfig
 from fedtune.errors import Interrupted
-from fedtune.run_folder import check_new
+from fedtune.run_folder import check_new, dated
 
 
 class Engine(StrEnum):
@@ -69,7 +68,7 @@ def simulate(
 
 def run_folder(chosen: presets.Chosen, out: str = "") -> str:
     """Where the run goes: `out`, or the preset's own `out`, or runs/PRESET-DATE-TIME."""
-    return out or chosen.config.out or f"runs/{chosen.label}-{datetime.now():%Y%m%d-%H%M%S}"
+    return out or chosen.config.out or dated(chosen.label)
 
 
 def run_watched(config: RunConfig, run: Callable[[RunConfig], Summary], *, quiet: bool, to_stderr: bool) -> Summary:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from fedtune.config import RunConfig
 from fedtune.errors import EngineError
 from fedtune.progress import Note, check_stop, emit
-from fedtune.run_folder import RunFolder, check_new
+from fedtune.run_folder import RunFolder, check_new, dated
 from simulations.engines import relay
 from simulations.engines.flower_app import write_app
 from simulations.engines.processes import ending_on_signals
@@ -41,7 +41,7 @@ def run_flower(config: RunConfig, workers: int = 0) -> dict[str, object]:
         EngineError: a process of Flower failed; `facts["tail"]` has its last lines.
         Interrupted: a stop was requested. Nothing keeps running, whatever ends this function.
     """
-    out = config.out or f"runs/{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = config.out or dated(config.algorithm)
     config = config.replace(out=out).with_absolute_paths()
     check_new(config.out)
     device = _Device.of(config)
