@@ -131,7 +131,7 @@ def test_memory_has_the_sizes_of_the_tensors(tiny_folder: Path, instructions: Pa
     lm = load_model(RunConfig(model=str(tiny_folder), device="cpu"))
     weights = sum(parameter.numel() for parameter in lm.model.parameters()) * 4
     assert (memory.weights, memory.base, memory.gradients, memory.start) == (weights,) * 4
-    assert memory.scratch == 259 * 32 * 4  # the embedding is the largest module
+    assert memory.scratch == weights  # a model this small is perturbed as a whole
     assert memory.saved > memory.logits > 0
     assert memory.first_order > memory.zeroth_order > 2 * weights
 
