@@ -77,8 +77,10 @@ class RunConfig(BaseModel):
         "unbiased", description="ferret: scale 1/K_l (unbiased, the paper) or 1/(K_l + d_l) (least error)"
     )
     # ------------------------------------------------------------------ directions
-    family: Literal["hadamard", "rademacher", "gaussian", "torch"] = Field(
-        "hadamard", description="rule from seed to direction; gaussian is the papers' distribution"
+    family: Literal["hadamard", "rademacher", "gaussian", "torch", "torch-truncated"] = Field(
+        "hadamard",
+        description="rule from seed to direction; gaussian is the papers' distribution; torch and torch-truncated are the "
+        "draws of FedKSeed's and Ferret's official codes (slow, for parity: docs/fidelity.md)",
     )
     pool_every: int = Field(0, ge=0, description="rounds after which a fresh pool is drawn; 0: one pool for the run")
     # ------------------------------------------------------------------ wire

@@ -30,8 +30,8 @@ MAX_POOL = 65536
 class Pool:
     """K candidate seeds: the family that turns them into directions, and the 64-bit seed that names the pool.
 
-    `candidates` is used by the family `torch` only: the literal seeds of the official codes (drawn from the pool seed
-    when empty).
+    `candidates` is used by the families `torch` and `torch-truncated` only: the literal seeds of the official codes (drawn
+    from the pool seed when empty).
     """
 
     family: str

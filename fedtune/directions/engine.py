@@ -157,7 +157,8 @@ class Directions:
         sums = [torch.zeros(entry.shape) for entry in entries]
         for k in np.flatnonzero(coefficients.any(axis=0)).tolist():
             for index, entry in enumerate(entries):
-                self.perturb(index, sums[index], sums[index], k, float(coefficients[entry.block, k]))
+                if coefficient := float(coefficients[entry.block, k]):
+                    self.perturb(index, sums[index], sums[index], k, coefficient)
         for source, target, total in zip(base, out, sums, strict=True):
             target.detach().copy_(source.detach().to(device="cpu", dtype=torch.float32) + total)
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from fedtune.directions.base import F32, F64, Family, Pool
 from fedtune.directions.counters import column_shifts, pool_key, tile_bits
 from fedtune.directions.cpu import gaussian, hadamard, rademacher
-from fedtune.directions.torch_stream import TorchStream
+from fedtune.directions.torch_stream import TorchStream, TorchTruncated
 from fedtune.layout import Layout
 
 
@@ -90,4 +90,6 @@ def _numbers(pool: Pool, wanted: npt.NDArray[np.bool_] | None) -> npt.NDArray[np
     return np.arange(pool.size) if wanted is None else np.flatnonzero(wanted)
 
 
-FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Hadamard, Rademacher, Gaussian, TorchStream)}
+FAMILIES: dict[str, type[Family]] = {
+    family.name: family for family in (Hadamard, Rademacher, Gaussian, TorchStream, TorchTruncated)
+}

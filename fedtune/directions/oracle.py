@@ -24,8 +24,8 @@ I64 = npt.NDArray[np.int64]
 
 def dense(pool: Pool, layout: Layout) -> F64:
     """float64 [K, d]: row k is z_k over all trainable elements, tensors joined in layout order."""
-    if pool.family == "torch":
-        return _torch(pool, layout)
+    if pool.family in ("torch", "torch-truncated"):
+        return _official(pool, layout)
     rules = {"hadamard": hadamard, "rademacher": rademacher, "gaussian": gaussian}
     if pool.family not in rules:
         raise DirectionsError(f"The oracle knows no family '{pool.family}'.", family=pool.family)
@@ -83,13 +83,26 @@ def _counters(blocks: I64, k: int, purpose: int) -> npt.NDArray[np.uint32]:
     return counters
 
 
-def _torch(pool: Pool, layout: Layout) -> F64:
-    """What the official codes draw: reseed the global generator, then one torch.normal per tensor. Leaves it as it was."""
+def _official(pool: Pool, layout: Layout) -> F64:
+    """What the official codes draw with torch's global generator, which is left as it was.
+
+    torch: reseed, then one torch.normal per tensor. torch-truncated: per block reseed, then trunc_normal_ over all of it,
+    times sqrt(3 d). A block is made of consecutive tensors, so blocks joined are tensors joined.
+    """
     literal = pool.candidates or tuple(int(s) for s in Stream(pool.seed, "candidates").below(10**11, pool.size))
     rows = []
     with torch.random.fork_rng(devices=[]):
         for seed in literal:
             torch.manual_seed(seed)
-            drawn = [torch.normal(0.0, 1.0, size=e.shape, dtype=torch.float32).reshape(-1) for e in layout.entries]
+            if pool.family == "torch":
+                drawn = [torch.normal(0.0, 1.0, size=e.shape, dtype=torch.float32).reshape(-1) for e in layout.entries]
+            else:
+                drawn = [_truncated(seed, size) for size in layout.block_sizes]
             rows.append(torch.cat(drawn).double().numpy())
     return np.stack(rows)
+
+
+def _truncated(seed: int, size: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    bound = 1.0 / size**0.5
+    return torch.nn.init.trunc_normal_(torch.empty(size), mean=0.0, std=1.0, a=-bound, b=bound).double() * math.sqrt(3.0 * size)
