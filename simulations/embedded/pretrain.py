@@ -1,10 +1,12 @@
 """Pretrains the embedded model: a tokenizer and a Llama of 0.4 million parameters, from generated tasks, with one command.
 
-    python -m simulations.embedded.pretrain            # writes simulations/embedded/model in about ten minutes
+    python -m simulations.embedded.pretrain            # writes simulations/embedded/model; about ten minutes on one free core
 
 The loss is taken on the responses. Most batches have the form of the tokenizer's chat template, the others those of
 fedtune's other templates, so that the model can be used with each. Every draw comes from a named stream or a seeded
-generator and one thread computes, so the same versions on the same machine give the same model.
+generator and one thread computes, so the same versions on the same machine give the same model. It answers 97 of
+100 terse questions exactly, averaged over tasks; the weak tasks are "drop first" (63) and "odd one out" (72), and the last line printed is the
+whole list.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 import typer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from fedtune.data.batches import Batch, collate
 from fedtune.data.encode import encode
@@ -135,6 +138,7 @@ def main(
 ) -> None:
     """Train the embedded model and write it."""
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     tokenizer = train_tokenizer()
     model = new_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
