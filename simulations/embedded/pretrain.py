@@ -4,9 +4,10 @@
 
 The loss is taken on the responses. Most batches have the form of the tokenizer's chat template, the others those of
 fedtune's other templates, so that the model can be used with each. Every draw comes from a named stream or a seeded
-generator and one thread computes, so the same versions on the same machine give the same model. It answers 97 of
-100 terse questions exactly, averaged over tasks; the weak tasks are "drop first" (63) and "odd one out" (72), and the last line printed is the
-whole list.
+generator and one thread computes, so the same versions on the same machine give the same model.
+
+The model answers 97 of 100 terse questions exactly, averaged over tasks; the weak tasks are "drop first" (63) and
+"odd one out" (72). The last line that is printed lists all.
 """
 
 from __future__ import annotations
