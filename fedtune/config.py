@@ -56,7 +56,8 @@ class RunConfig(BaseModel):
         1024,
         ge=2,
         le=65536,
-        description="fedkseed: candidate seeds in the pool; ferret: coordinates that a client sends in a round",
+        description="fedkseed: candidate seeds in the pool; ferret: coordinates that a client sends in a round "
+        "(with allocation official: candidate seeds in the pool, as in its code)",
     )
     # ------------------------------------------------------------------ fedkseed
     eps: float = Field(5e-4, gt=0, description="half the distance between the two evaluations of a step")
@@ -70,11 +71,15 @@ class RunConfig(BaseModel):
     blocks: Literal["auto", "one", "grouped", "tensor"] = Field(
         "auto", description="parameters that share coefficients: auto is one for fedkseed and grouped for ferret"
     )
-    allocation: Literal["norm-sqrt-size", "norm", "uniform"] = Field(
-        "norm-sqrt-size", description="ferret: how K is divided over blocks (the paper uses norm)"
+    allocation: Literal["norm-sqrt-size", "norm", "uniform", "official"] = Field(
+        "norm-sqrt-size",
+        description="ferret: how K is divided over blocks (the paper uses norm); official: K for the block that moved most, "
+        "in proportion to the norm for the others, at least 2",
     )
-    reconstruction: Literal["unbiased", "shrunken"] = Field(
-        "unbiased", description="ferret: scale 1/K_l (unbiased, the paper) or 1/(K_l + d_l) (least error)"
+    reconstruction: Literal["unbiased", "shrunken", "official"] = Field(
+        "unbiased",
+        description="ferret: scale 1/K_l (unbiased, the paper), 1/(K_l + d_l) (least error), or official: 1/(3 K_l) "
+        "with each rank-one piece clipped to norm 10, as in its code",
     )
     # ------------------------------------------------------------------ directions
     family: Literal["hadamard", "rademacher", "gaussian", "torch", "torch-truncated"] = Field(
@@ -177,6 +182,12 @@ class RunConfig(BaseModel):
             if self.momentum and self.pool_every:
                 raise ContradictionError(
                     "momentum adds coordinates of successive rounds, so it needs one pool: set pool_every = 0 or momentum = 0."
+                )
+            if self.allocation == "official" and self.pool_size:
+                raise ContradictionError(
+                    f"allocation = official takes K = {self.K} as the size of the pool: remove pool_size.",
+                    K=self.K,
+                    pool_size=self.pool_size,
                 )
         else:
             for key in ("momentum", "pool_size"):

@@ -12,6 +12,7 @@ import torch
 
 from fedtune import wire
 from fedtune.algorithms import State
+from fedtune.algorithms.ferret import most_coordinates
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch, collate
@@ -108,7 +109,7 @@ def estimate_run(config: RunConfig) -> Estimate:
     return Estimate(
         parameters=replica.layout.numel,
         memory=_memory(here),
-        up=_up(here, state),
+        up=_up(here),
         down=_down(here, state),
         client_rounds=client_rounds,
         fedavg=2 * FLOAT32 * replica.layout.numel * client_rounds,
@@ -146,11 +147,10 @@ def _down(here: Resident, state: State) -> int:
     return len(wire.encode_instruction(_instruction(here, state, _full(state)), here.config.coefficient_bits))
 
 
-def _up(here: Resident, state: State) -> int:
-    """Length of an update: as many scalars as local steps, or K coordinates and a count for each block."""
+def _up(here: Resident) -> int:
+    """Length of an update: as many scalars as local steps, or the most coordinates that can be sent and a count a block."""
     config, coordinates = here.config, here.algorithm.kind == Kind.COORDINATES
-    blocks = here.replica.layout.blocks
-    room = min(config.K, sum(min(size, state.pool.size) for size in here.replica.layout.block_sizes))
+    layout = here.replica.layout
     update = wire.Update(
         round=1,
         digest=bytes(16),
@@ -158,8 +158,8 @@ def _up(here: Resident, state: State) -> int:
         steps=config.local_steps,
         examples=1,
         train_loss=0.0,
-        scalars=np.zeros(room if coordinates else config.local_steps, dtype=np.float32),
-        counts=np.zeros(blocks if coordinates else 0, dtype=np.int64),
+        scalars=np.zeros(most_coordinates(config, layout) if coordinates else config.local_steps, dtype=np.float32),
+        counts=np.zeros(layout.blocks if coordinates else 0, dtype=np.int64),
     )
     return len(wire.encode_update(update, config.scalar_bits))
 

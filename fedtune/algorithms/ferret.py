@@ -8,6 +8,10 @@ Source: Shu et al., "Ferret: Federated Full-Parameter Tuning at Scale for Large 
 
 The relative error of the unbiased rebuild is sqrt(d_l / K_l). Every client uses K_l seeds of the pool of its own
 (derived from its named stream, not sent), so that the errors of different clients average out.
+
+The official code (allen4747/Ferret) departs from the paper; the settings called "official" follow the code, see
+docs/fidelity.md. With v = z / sqrt(3 d_l) and its coordinate c = -<delta_l, v> d_l / K_l it subtracts server_lr * c * v,
+which is server_lr * 1/(3 K_l) * g z: a third of the update.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ from fedtune.wire import Instruction, Kind, Status, Update
 
 I64 = npt.NDArray[np.int64]
 LARGEST_COUNT = 65535  # counts travel as 16-bit numbers
+OFFICIAL_LEAST = 2  # coordinates of any block in the official code, also of one that did not move
+OFFICIAL_FLOOR = 1e-8  # the largest norm counts as at least this in the official code
+OFFICIAL_PIECE_NORM = 10.0  # a rank-one piece of the rebuild is scaled down to this norm in the official code
 
 
 def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -> Update:
@@ -104,6 +111,7 @@ def allocate(norms: F64, sizes: I64, total: int, pool_size: int, rule: str) -> I
 
     norm (the paper): ||delta_l||. norm-sqrt-size: ||delta_l|| sqrt(d_l), which minimises the expected squared error
     sum_l ||delta_l||^2 d_l / K_l under sum_l K_l = total. uniform: all equal. A block that did not move gets none.
+    official (Ferret's code): no total, but K_l = max(int(||delta_l|| / largest norm * pool_size), 2).
 
     Args:
         norms: float64 [L], norms of the blocks' updates.
@@ -112,6 +120,9 @@ def allocate(norms: F64, sizes: I64, total: int, pool_size: int, rule: str) -> I
     Returns:
         int64 [L], summing to `total`, or to less if all blocks that moved are full.
     """
+    if rule == "official":
+        part = norms / max(float(norms.max(initial=0.0)), OFFICIAL_FLOOR)
+        return np.clip((part * pool_size).astype(np.int64), OFFICIAL_LEAST, min(pool_size, LARGEST_COUNT))
     weights = {"norm": norms, "norm-sqrt-size": norms * np.sqrt(sizes), "uniform": (norms > 0).astype(np.float64)}[rule]
     caps = np.where(weights > 0, np.minimum(np.minimum(sizes, pool_size), LARGEST_COUNT), 0)
     counts = np.zeros(len(sizes), dtype=np.int64)
@@ -132,6 +143,14 @@ def allocate(norms: F64, sizes: I64, total: int, pool_size: int, rule: str) -> I
     return counts
 
 
+def most_coordinates(config: RunConfig, layout: Layout) -> int:
+    """Coordinates that a client sends in a round at most."""
+    size = pool_size(config, layout)
+    if config.allocation == "official":
+        return layout.blocks * min(size, LARGEST_COUNT)
+    return min(config.K, sum(min(block, size, LARGEST_COUNT) for block in layout.block_sizes))
+
+
 def chosen_seeds(config: RunConfig, round: int, client: str, counts: I64, pool_size: int) -> npt.NDArray[np.bool_]:
     """bool [L, K]: the K_l seeds of each block that a client projects on; derived on both sides, never sent."""
     wanted = np.zeros((len(counts), pool_size), dtype=np.bool_)
@@ -141,13 +160,27 @@ def chosen_seeds(config: RunConfig, round: int, client: str, counts: I64, pool_s
 
 
 def scales(counts: I64, sizes: I64, reconstruction: str) -> F64:
-    """float64 [L]: what a coordinate is multiplied with: 1/K_l (unbiased), or 1/(K_l + d_l) (least expected error)."""
-    divisor = counts + sizes if reconstruction == "shrunken" else counts
-    return 1.0 / np.maximum(divisor, 1)
+    """float64 [L]: what a coordinate is multiplied with: 1/K_l, 1/(K_l + d_l) (least error) or 1/(3 K_l) (official code)."""
+    divisor = {"unbiased": counts, "shrunken": counts + sizes, "official": 3 * counts}[reconstruction]
+    return np.asarray(1.0 / np.maximum(divisor, 1))
+
+
+def clip_pieces(values: F64, sizes: I64) -> F64:
+    """float64 [L, K]: `values` with every piece values[l, k] z[l, k] scaled down to norm OFFICIAL_PIECE_NORM at most.
+
+    ||z[l, k]|| is taken as sqrt(d_l), its value for signs. The official code takes that of each base, which differs by a
+    relative sqrt(1 / (5 d_l)) or so: 1 % at d_l = 2000.
+    """
+    limits = OFFICIAL_PIECE_NORM / np.sqrt(sizes)[:, None]
+    return np.asarray(np.clip(values, -limits, limits))
 
 
 def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, layout: Layout) -> State:
-    """C <- C + server_lr * M,  M <- momentum * M + sum_i c_i s_i g_i, clients in sorted order."""
+    """C <- C + server_lr * M,  M <- momentum * M + sum_i c_i s_i g_i, clients in sorted order.
+
+    This is also what the official code's momentum does: it decays the summed coordinates (`*= momentum`), adds those of
+    the round, and applies the sum to the model of the round before.
+    """
     sizes = np.array(layout.block_sizes)
     step = np.zeros_like(state.values)
     for client, share in shares(updates, config).items():
@@ -157,21 +190,30 @@ def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, la
         dense[wanted] = update.scalars.astype(np.float64)
         step += share * scales(update.counts, sizes, config.reconstruction)[:, None] * dense
     velocity = config.momentum * state.statistics["velocity"] + step
-    values = state.values + server_rate(config, state.round + 1) * velocity
+    applied = clip_pieces(velocity, sizes) if config.reconstruction == "official" else velocity
+    values = state.values + server_rate(config, state.round + 1) * applied
     return replace(state, round=state.round + 1, values=values, statistics={"velocity": velocity})
 
 
 def server_rate(config: RunConfig, round: int) -> float:
-    """The server's learning rate in round `round` (from 1): constant, or falling from server_lr towards 0 by the end."""
+    """The server's learning rate in round `round` (from 1): constant, or falling from server_lr towards 0 by the end.
+
+    The schedules of Ferret's official code with its slr_max = server_lr and slr_min = 0.
+    """
     done = (round - 1) / config.rounds
     factor = {"none": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.anneal]
     return config.server_lr * factor
 
 
 def pool_size(config: RunConfig, layout: Layout) -> int:
-    """Seeds that every block can choose from: `pool_size`, or room for four times an equal share of K, at most K."""
+    """Seeds that every block can choose from: `pool_size`, or room for four times an equal share of K, at most K.
+
+    With the official allocation K itself is the size of the pool.
+    """
     if config.pool_size:
         return config.pool_size
+    if config.allocation == "official":
+        return config.K
     equal = -(-config.K // layout.blocks)
     return min(config.K, 1 << (4 * equal - 1).bit_length())
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.algorithms import ALGORITHMS
-from fedtune.algorithms.ferret import allocate, chosen_seeds, pool_size, scales, server_rate
+from fedtune.algorithms.ferret import allocate, chosen_seeds, clip_pieces, most_coordinates, pool_size, scales, server_rate
 from fedtune.config import RunConfig
+from fedtune.errors import ContradictionError
 from fedtune.layout import Layout
 from fedtune.wire import Status, Update
 
@@ -108,3 +111,66 @@ def test_pool_has_room_for_uneven_blocks() -> None:
     assert pool_size(config(K=12), LAYOUT) == 12
     assert pool_size(config(K=2200), Layout.from_shapes([(str(i), (4096,)) for i in range(41)], "tensor")) == 256
     assert pool_size(config(K=2200, pool_size=64), LAYOUT) == 64
+
+
+# ------------------------------------------------------------------ the official code's choices
+
+
+def test_official_allocation_is_a_cap_for_the_block_that_moved_most() -> None:
+    """K_l = max(int(norm_l / max(largest norm, 1e-8) * pool), 2), whatever the total and the sizes of the blocks."""
+    norms, sizes = np.array([1.0, 0.5, 0.499, 0.001, 0.0]), np.array([3, 400, 400, 400, 400])
+    assert allocate(norms, sizes, 7, 128, "official").tolist() == [128, 64, 63, 2, 2]
+    assert allocate(norms * 1e-9, sizes, 7, 128, "official").tolist() == [12, 6, 6, 2, 2]
+    assert allocate(np.zeros(2), sizes[:2], 7, 128, "official").tolist() == [2, 2]
+    assert allocate(np.ones(1), sizes[:1], 7, 65536, "official").tolist() == [65535]
+
+
+def test_with_the_official_allocation_k_is_the_pool() -> None:
+    asked = config(allocation="official", K=20)
+    assert pool_size(asked, LAYOUT) == 20
+    assert most_coordinates(asked, LAYOUT) == 3 * 20
+    assert most_coordinates(config(K=20), LAYOUT) == 20
+    assert most_coordinates(config(K=300, pool_size=20), LAYOUT) == 8 + 12 + 20
+    with pytest.raises(ContradictionError, match="takes K = 20 as the size of the pool: remove pool_size"):
+        config(allocation="official", K=20, pool_size=10)
+
+
+def test_official_scale_is_a_third() -> None:
+    assert scales(np.array([4, 10, 0]), np.array([12, 90, 5]), "official").tolist() == [1 / 12, 1 / 30, 1.0]
+
+
+def test_official_pieces_are_clipped_to_norm_ten_and_momentum_keeps_what_was_clipped() -> None:
+    sizes = np.array([4, 25])
+    clipped = clip_pieces(np.array([[4.9, -5.0, 7.0], [1.9, 2.1, -8.0]]), sizes)
+    assert clipped.tolist() == [[4.9, -5.0, 5.0], [1.9, 2.0, -2.0]]
+    algorithm, asked = ALGORITHMS["ferret"], config(reconstruction="official", momentum=0.5, server_lr=2.0)
+    limit = 10.0 / np.sqrt(40)
+    first = algorithm.aggregate(algorithm.start(asked, LAYOUT), {"0": update([0, 0, 1], [9.0])}, asked, LAYOUT)
+    assert sorted(first.values[2])[-1] == pytest.approx(2.0 * limit)
+    second = algorithm.aggregate(first, {"0": update([0, 0, 0], [])}, asked, LAYOUT)
+    assert second.statistics["velocity"].max() == pytest.approx(1.5)
+    assert sorted(second.values[2])[-1] == pytest.approx(2.0 * limit + 2.0 * min(1.5, limit))
+    unclipped = algorithm.aggregate(first, {"0": update([0, 0, 0], [])}, config(momentum=0.5, server_lr=2.0), LAYOUT)
+    assert sorted(unclipped.values[2])[-1] == pytest.approx(2.0 * limit + 2.0 * 1.5)
+
+
+def test_momentum_and_schedules_are_those_of_the_official_code() -> None:
+    """Its server, restated: `seed_pool *= momentum`, `+= grad * weight`, then `param -= slr * seed_pool * base`, each round."""
+    algorithm = ALGORITHMS["ferret"]
+    for anneal in ("none", "linear", "cosine"):
+        asked = config(momentum=0.9, server_lr=3.0, anneal=anneal)
+        state, decayed, model = algorithm.start(asked, LAYOUT), np.zeros((3, 12)), np.zeros((3, 12))
+        for number in (1, 2, 3, 4):
+            sent = {
+                str(c): replace(update([2, 1, 1], [1.0 + c, -2.0, 0.5, number * 1.0], 10 * (c + 1)), round=number)
+                for c in (0, 1)
+            }
+            decayed *= 0.9
+            for c, weight in ((0, 1 / 3), (1, 2 / 3)):
+                table = np.zeros((3, 12))
+                table[chosen_seeds(asked, number, str(c), sent[str(c)].counts, 12)] = sent[str(c)].scalars
+                decayed += weight * table / np.array([2.0, 1.0, 1.0])[:, None]
+            factor = {"none": 1.0, "linear": 1 - (number - 1) / 4, "cosine": (1 + np.cos(np.pi * (number - 1) / 4)) / 2}[anneal]
+            model += 3.0 * factor * decayed
+            state = algorithm.aggregate(state, sent, asked, LAYOUT)
+        np.testing.assert_allclose(state.values, model, rtol=1e-12)
