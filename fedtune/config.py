@@ -99,7 +99,7 @@ class RunConfig(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: 1 below 20 M parameters, else all cores")
     # ------------------------------------------------------------------ data
-    data: str = Field("embedded", description="JSON, JSONL or Parquet file, hub:NAME, or 'embedded'")
+    data: str = Field("embedded", description="JSON, JSONL or Parquet file, hub:NAME, DATASET:PATH, or 'embedded'")
     instruction_column: str = Field("instruction", description="column with the instruction")
     input_column: str = Field("input", description="column with the optional input; '' for none")
     output_column: str = Field("output", description="column with the response that is trained on")
@@ -228,11 +228,25 @@ class RunConfig(BaseModel):
         changes: dict[str, Scalar] = {}
         for key in ("model", "data", "holdout_file", "out"):
             value = expand(getattr(self, key))
-            local = (
-                value not in ("", "embedded") and not value.startswith("hub:") and (key != "model" or (base / value).exists())
-            )
-            changes[key] = str((base / value).resolve()) if local else value
+            prefix, path = split_source(value) if key in ("data", "holdout_file") else ("", value)
+            path = expand(path)  # a ~ behind the prefix
+            local = path not in ("", "embedded") and prefix != "hub" and (key != "model" or (base / path).exists())
+            path = str((base / path).resolve()) if local else path
+            changes[key] = f"{prefix}:{path}" if prefix else path
         return self.replace(**changes)
+
+
+_PREFIX = re.compile(r"([a-z][a-z0-9-]+):(.+)", re.DOTALL)  # two letters at least, so that C:\\ is no prefix
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """The prefix that says how a data source is read, and what stands behind it; "" for a plain file.
+
+    >>> split_source("hub:org/name"), split_source("rows.jsonl"), split_source("natural-instructions:~/ni")
+    (('hub', 'org/name'), ('', 'rows.jsonl'), ('natural-instructions', '~/ni'))
+    """
+    match = _PREFIX.fullmatch(source)
+    return (match[1], match[2]) if match else ("", source)
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

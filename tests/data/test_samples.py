@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.config import RunConfig
-from fedtune.data.samples import Sample, load_samples, read_rows
+from fedtune.data.files import read_rows
+from fedtune.data.samples import Sample, load_samples
 from fedtune.errors import DataError
 
 ROWS = [
