@@ -1,18 +1,21 @@
 """What the papers state about FedKSeed and Ferret, measured on our code: one test a statement.
 
-F is FedKSeed (Qin et al., arXiv 2312.06353), R is Ferret (Shu et al., arXiv 2409.06277). Where a bound is statistical it
-is stated in standard errors, derived in the docstring; seeds are fixed, so a test that passes once passes always.
-Statements that another file checks already, and the test that does:
+F is FedKSeed (Qin et al., arXiv 2312.06353; its statements as in its abstract and its official code), R is Ferret (Shu et
+al., arXiv 2409.06277). Where a bound is statistical it is stated in standard errors, derived in the docstring; seeds are
+fixed, so a test that passes once passes always. Statements that another file checks already:
 
-| statement | test |
-| --- | --- |
-| F 3.2: C_k = -lr sum_i c_i a_k(i), c_i = n_i / sum n | tests/algorithms/test_fedkseed.py::test_the_state_is_the_weighted_mean_of_the_clients_sums |
-| F: seeds of local steps are drawn uniformly with replacement | tests/algorithms/test_fedkseed.py::test_all_seeds_of_the_pool_are_used |
-| F-Pro: p = softmax of min-max scaled mean sizes | tests/algorithms/test_fedkseed.py::test_pro_probabilities_follow_the_published_formula |
-| F-Pro: two chances differ by a factor of e at most | tests/algorithms/test_fedkseed.py::test_pro_probabilities_differ_by_a_factor_of_e_at_most |
-| F: 17,988 bytes at K = 4096, tau = 200, and our messages | tests/test_wire.py::test_paper_byte_counts_of_fedkseed |
-| R: the server averages reconstructions | tests/algorithms/test_ferret.py::test_aggregation_is_the_weighted_sum_of_scaled_coordinates |
-| E[z z^T] = I for every family | tests/directions/test_families.py::test_directions_have_mean_zero_and_unit_covariance_over_pool_seeds |
+F: C_k = -lr sum_i c_i a_k(i), c_i = n_i / sum n
+    tests/algorithms/test_fedkseed.py::test_the_state_is_the_weighted_mean_of_the_clients_sums
+F: the seeds of local steps are drawn uniformly, with replacement
+    tests/algorithms/test_fedkseed.py::test_all_seeds_of_the_pool_are_used
+F, Pro: p = softmax of the min-max scaled mean sizes of scalar gradients
+    tests/algorithms/test_fedkseed.py::test_pro_probabilities_follow_the_published_formula
+F, Pro: two chances differ by a factor of e at most
+    tests/algorithms/test_fedkseed.py::test_pro_probabilities_differ_by_a_factor_of_e_at_most
+R: the server adds the mean of the clients' reconstructions
+    tests/algorithms/test_ferret.py::test_aggregation_is_the_weighted_sum_of_scaled_coordinates
+F and R: directions with E[z z^T] = I
+    tests/directions/test_families.py::test_directions_have_mean_zero_and_unit_covariance_over_pool_seeds
 """
 
 from __future__ import annotations
@@ -105,7 +108,7 @@ def gradient_of(loss: Tensor, model: nn.Module) -> F64:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_two_point_estimate_is_unbiased_over_pools(family: str) -> None:
-    """F section 3 (from MeZO): E[g z] is the gradient, g = (L(w + eps z) - L(w - eps z)) / (2 eps).
+    """F, update rule: E[g z] is the gradient, g = (L(w + eps z) - L(w - eps z)) / (2 eps).
 
     Mean of g z over N = 1500 pools, one seed each, on a quadratic with d = 24. For g = <grad, z> the variance along the
     gradient is at most 2 ||grad||^2, and over all directions (d + 1) ||grad||^2, so the slope <mean, grad> / ||grad||^2 has a
@@ -134,7 +137,7 @@ def test_the_two_point_estimate_is_unbiased_over_pools(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_scalar_gradient_is_the_slope_along_its_direction(family: str, tiny_lm: LanguageModel) -> None:
-    """F section 3: on a Llama, g is <grad L, z> up to O(eps^2); autograd gives the gradient.
+    """F, update rule: on a Llama, g is <grad L, z> up to O(eps^2); autograd gives the gradient.
 
     eps = 1e-3 with float32 losses near 5.5 (rounding 5e-7): g carries a rounding error of about 3e-4 and a curvature error
     of eps^2 times a third derivative. Bound: 1 % of ||grad|| for each of 24 pools, where <grad, z> itself has standard
@@ -163,7 +166,7 @@ def test_a_scalar_gradient_is_the_slope_along_its_direction(family: str, tiny_lm
 
 @pytest.mark.parametrize("family", ["hadamard", "rademacher"])
 def test_replay_is_the_weighted_mean_of_the_clients_models(family: str) -> None:
-    """F section 3.2: w0 - lr sum_k A_k z_k equals sum_i c_i w_i, exactly.
+    """F, server: w0 - lr sum_k A_k z_k equals sum_i c_i w_i, exactly.
 
     The base is zero, lr is a power of two, scalar gradients are small whole numbers and the shares are 1/4 and 3/4, so
     every number on both sides is exact in float32 and the two must agree to the last bit. A sum instead of a mean, another
@@ -191,7 +194,7 @@ def test_replay_is_the_weighted_mean_of_the_clients_models(family: str) -> None:
 
 @pytest.mark.parametrize(("bits", "bound"), [(24, 1e-5), (8, 0.02)])
 def test_replay_on_a_real_model_differs_by_rounding_only(bits: int, bound: float, tiny_lm: LanguageModel) -> None:
-    """F section 3.2, measured: three clients, 30 steps each, gaussian directions, unequal shares, float32 weights.
+    """F, server, measured: three clients, 30 steps each, gaussian directions, unequal shares, float32 weights.
 
     Each of a client's 30 additions rounds a weight near 0.02 by 5e-10 (rms) while the update of a weight is near 1e-3: a
     relative gap of about 1e-6; the grid of 24 bits adds less. At 8 bits the grid's step is up to 1/64 of the largest
@@ -259,7 +262,7 @@ def moved_by(pool: PoolCoefficients, layout: Layout) -> F64:
 
 @given(st.lists(st.tuples(st.floats(0, 1e9), st.integers(0, 500)), min_size=2, max_size=64))
 def test_pro_draws_by_the_published_probabilities_after_the_wire(histories: list[tuple[float, int]]) -> None:
-    """F-Pro, section 3.4: chances p on the wire are whole numbers; their ratio stays within e, each within 1 in 65,535 of p."""
+    """F, Pro: chances p on the wire are whole numbers; their ratio stays within e, each within 1 in 65,535 of p."""
     magnitude = np.array([total if count else 0.0 for total, count in histories])
     count = np.array([float(count) for _, count in histories])
     p = probabilities(magnitude, count)
@@ -449,11 +452,11 @@ def test_the_error_does_not_grow_with_local_steps(tiny_lm: LanguageModel) -> Non
 
 
 def test_clients_with_seeds_of_their_own_average_the_error_down_to_the_pools() -> None:
-    """R section 4 (a new seed for each client): the mean of n clients' reconstructions has a squared error of d / (n K).
+    """R Algorithm 1 (a new seed for each client): the mean of n clients' reconstructions has a squared error of d / (n K).
 
     That needs as many bases as there are clients and seeds. Ours come from one pool of P seeds, so that the way down stays
-    small, and clients' choices overlap: (d - 1) (1/(n K) + (1 - 1/n)/P) for rademacher. One update, n = 10, K = 256: 1.60 + 0.90
-    with P = 4096, within 10 %. Clients that share their seeds (the official code's fixed list of K) would stay at
+    small, and clients' choices overlap: (d - 1) (1/(n K) + (1 - 1/n)/P) for rademacher. One update, n = 10, K = 256:
+    1.60 + 0.90 with P = 4096, within 10 %. Clients that share their seeds (the official code's fixed list of K) would stay at
     (d - 1)/K = 16, and a P that is ignored would leave 1.60.
     """
     config, deltas = ferret("rademacher", 256, pool_size=4096), an_update(TILE)
