@@ -1,4 +1,4 @@
-"""Where the model and the tasks that ship with fedtune are: inside the installed package `simulations`."""
+"""Where the files that ship with fedtune are: inside the installed package `simulations`, whose code is not run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from fedtune.errors import ConfigError
 
 
 def embedded_path(name: str) -> Path:
-    """The path of `simulations/embedded/<name>`, found without running any code of that package.
+    """The path of `simulations/embedded/<name>`. Raises ConfigError if this installation lacks it."""
+    path = shipped_path(f"embedded/{name}")
+    if path is None:
+        raise ConfigError(f"'embedded' needs simulations/embedded/{name}, which this installation lacks: install fedtune anew.")
+    return path
 
-    Raises:
-        ConfigError: the package is not installed, or the file is not in it.
-    """
+
+def shipped_path(name: str) -> Path | None:
+    """The path of `simulations/<name>`, or None if the package is not installed or has no such file."""
     spec = find_spec("simulations")
     for place in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(place) / "embedded" / name
+        path = Path(place) / name
         if path.exists():
             return path
-    raise ConfigError(f"'embedded' needs simulations/embedded/{name}, which this installation lacks: install fedtune anew.")
+    return None

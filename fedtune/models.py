@@ -28,7 +28,7 @@ from fedtune.errors import ModelError
 SMALL_MODEL = 20_000_000
 """Parameters below which a second thread costs more than it brings (forward passes of a few milliseconds)."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -59,7 +59,7 @@ def load_model(config: RunConfig) -> LanguageModel:
     folder = _local_folder(source, config)
     _check_weight_files(folder, source)
     with _quiet():
-        model_config = _read_config(folder, source, config)
+        model_config = read_config(folder, source, config)
         tokenizer = _read_tokenizer(folder, source, config)
         model, load_note = _read_weights(folder, source, config)
     model.config.use_cache = False
@@ -68,7 +68,7 @@ def load_model(config: RunConfig) -> LanguageModel:
     threads, thread_note = choose_threads(config.threads, parameters)
     torch.set_num_threads(threads)
     padding_note = _ensure_padding(tokenizer, model.get_input_embeddings().weight.shape[0], source)
-    _check_positions(model_config, config.max_length, source)
+    check_positions(model_config, config.max_length, source)
     notes = (f"model: {source} ({parameters:,} parameters, {config.dtype})", device_note, thread_note, padding_note, load_note)
     return LanguageModel(model, tokenizer, device, tuple(note for note in notes if note), source)
 
@@ -168,7 +168,7 @@ def _check_weight_files(folder: Path, source: str) -> None:
     raise ModelError(f"'{source}' has no weights: a *.safetensors file was expected next to config.json.", model=source)
 
 
-def _read_config(folder: Path, source: str, config: RunConfig) -> Any:
+def read_config(folder: Path, source: str, config: RunConfig) -> Any:
     """The model's configuration, refused unless it belongs to a causal language model with plain weights."""
     try:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -227,7 +227,7 @@ def _read_weights(folder: Path, source: str, config: RunConfig) -> tuple[Any, st
     try:
         model, loading = read(
             folder,
-            dtype=_DTYPES[config.dtype],
+            dtype=DTYPES[config.dtype],
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
@@ -265,7 +265,8 @@ def _ensure_padding(tokenizer: Any, rows: int, source: str) -> str:
     )
 
 
-def _check_positions(model_config: Any, max_length: int, source: str) -> None:
+def check_positions(model_config: Any, max_length: int, source: str) -> None:
+    """Raise ModelError if samples of `max_length` tokens do not fit the model."""
     positions = position_limit(model_config)
     if positions is not None and max_length > positions:
         raise ModelError(

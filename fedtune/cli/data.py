@@ -20,6 +20,7 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look
 
 OPEN, CLOSE = "[[", "]]"  # around trained tokens where there is no colour
 MOST_CLIENTS = 40  # lines of the table of clients
+MOST_CATEGORIES = 20  # columns of it; with more, a client's only category, or how many it has
 
 
 @data_app.command("show")
@@ -72,12 +73,18 @@ def clients_table(report: DataReport) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("client")
     table.add_column("samples", justify="right")
-    named = categories != [""]
-    for category in categories if named else []:
-        table.add_column(category or "(none)", justify="right")
+    columns = [category or "(none)" for category in categories] if categories != [""] else []
+    if len(columns) > MOST_CATEGORIES:
+        table.add_column("categories")
+    else:
+        for column in columns:
+            table.add_column(column, justify="right")
 
     def add(name: str, counts: Mapping[str, int]) -> None:
-        cells = [str(counts[category]) if counts.get(category) else "." for category in categories] if named else []
+        if len(columns) > MOST_CATEGORIES:
+            cells = [next(iter(counts)) if len(counts) == 1 else str(len(counts))]
+        else:
+            cells = [str(counts[category]) if counts.get(category) else "." for category in categories] if columns else []
         table.add_row(name, str(sum(counts.values())), *cells)
 
     for number, counts in enumerate(report.clients[:MOST_CLIENTS]):

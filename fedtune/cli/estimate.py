@@ -14,41 +14,73 @@ from fedtune.cli import presets
 from fedtune.cli.numbers import in_bytes, in_ratio, in_time
 from fedtune.cli.presets import PresetArgument, SetOption
 
+TableRow = tuple[str, str, str]
+
 if TYPE_CHECKING:
     from fedtune.config import RunConfig
-    from fedtune.estimate import Estimate
+    from fedtune.needs import Needs
 
 
 def estimate(
     preset: PresetArgument,
     settings: SetOption = [],  # noqa: B006 (typer reads the default and never changes it)
+    meta: Annotated[
+        bool, typer.Option("--meta", help="From the model's config.json alone: no weights, no data, no time.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one line of JSON.")] = False,
 ) -> None:
     """Say what a run will need: parameters, memory, payload bytes and time, measured on two local steps of real data.
 
     [bold]fedtune estimate my.toml --set model=./Qwen3-0.6B --set local_steps=200[/bold]
 
+    [bold]fedtune estimate papers/fedkseed_ni_3b --meta[/bold]
+
     Nothing is written. Time is that of this machine, with clients one after another.
     """
     config = presets.choose(preset, settings).config
     console = Console(stderr=as_json, highlight=False)
-    console.print("loading model and data, then timing local steps", style="dim")
-    from fedtune.estimate import estimate_run
-
-    found = estimate_run(config)
+    found = _of_architecture(config, console) if meta else _of_run(config, console)
     if as_json:
         print(json.dumps(as_mapping(found)))
     else:
         console.print(_table(found, config))
 
 
-def as_mapping(found: Estimate) -> dict[str, object]:
-    """The estimate as JSON types, derived numbers included."""
+def _of_run(config: RunConfig, console: Console) -> Needs:
+    console.print("loading model and data, then timing local steps", style="dim")
+    from fedtune.estimate import estimate_run
+
+    return estimate_run(config)
+
+
+def _of_architecture(config: RunConfig, console: Console) -> Needs:
+    from fedtune.architecture import architecture_folder, needs_of_architecture
+
+    place = architecture_folder(config)
+    console.print(f"from {place}/config.json, for samples of {config.max_length} tokens", style="dim", soft_wrap=True)
+    return needs_of_architecture(config)
+
+
+def as_mapping(found: Needs) -> dict[str, object]:
+    """The estimate as JSON types, derived numbers included; without times if none were measured."""
+    from fedtune.estimate import Estimate
+
     memory = {**asdict(found.memory), "zeroth_order": found.memory.zeroth_order, "first_order": found.memory.first_order}
-    return {**asdict(found), "memory": memory, "payload": found.payload, "seconds": found.seconds}
+    derived = {"seconds": found.seconds} if isinstance(found, Estimate) else {}
+    return {**asdict(found), "memory": memory, "payload": found.payload, **derived}
 
 
-def _table(found: Estimate, config: RunConfig) -> Table:
+def _table(found: Needs, config: RunConfig) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True, style="bold")
+    table.add_column(style="dim")
+    for row in (*_memory_rows(found, config), *_byte_rows(found, config), *_time_rows(found)):
+        table.add_row(*row)
+    return table
+
+
+def _memory_rows(found: Needs, config: RunConfig) -> list[TableRow]:
     memory, first_order = found.memory, config.algorithm == "ferret"
     mine, other = (memory.first_order, memory.zeroth_order) if first_order else (memory.zeroth_order, memory.first_order)
     rows = [
@@ -63,25 +95,29 @@ def _table(found: Estimate, config: RunConfig) -> Table:
         rows.append(("memory, gradients", in_bytes(memory.gradients), f"and {in_bytes(memory.saved)} of activations"))
     else:
         rows.append(("memory, scratch", in_bytes(memory.scratch), "one module's perturbed weights"))
-    rows += [
-        ("memory, peak", in_bytes(mine), f"a {'zeroth' if first_order else 'first'}-order client would need {in_bytes(other)}"),
+    peak = f"a {'zeroth' if first_order else 'first'}-order client would need {in_bytes(other)}"
+    return [*rows, ("memory, peak", in_bytes(mine), peak)]
+
+
+def _byte_rows(found: Needs, config: RunConfig) -> list[TableRow]:
+    down = "a pool; a client gets all that it has not seen" if config.pool_every else "at most; early rounds send less"
+    return [
         ("up, client and round", in_bytes(found.up), ""),
-        ("down, client and round", in_bytes(found.down), "at most; early rounds send less"),
-        ("payload, whole run", in_bytes(found.payload), f"{found.client_rounds} client-rounds"),
+        ("down, client and round", in_bytes(found.down), down),
+        ("payload, whole run", in_bytes(found.payload), f"at most; {found.client_rounds} client-rounds"),
         ("FedAvg, the same rounds", in_bytes(found.fedavg), f"{in_ratio(found.fedavg / found.payload)} as much"),
+    ]
+
+
+def _time_rows(found: Needs) -> list[TableRow]:
+    from fedtune.estimate import Estimate
+
+    if not isinstance(found, Estimate):
+        return [("time", "unknown", "it is measured on real weights and data: run without --meta")]
+    client = found.local_steps * found.step_seconds + found.client_seconds
+    return [
         ("time, local step", in_time(found.step_seconds), ""),
-        (
-            "time, client and round",
-            in_time(found.local_steps * found.step_seconds + found.client_seconds),
-            f"{found.local_steps} steps",
-        ),
+        ("time, client and round", in_time(client), f"{found.local_steps} steps"),
         ("time, evaluation", in_time(found.evaluation_seconds), f"{found.evaluations} times, generation not included"),
         ("time, whole run", in_time(found.seconds), "clients one after another"),
     ]
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True, style="bold")
-    table.add_column(style="dim")
-    for row in rows:
-        table.add_row(*row)
-    return table

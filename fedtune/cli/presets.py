@@ -34,7 +34,7 @@ SetOption = Annotated[
 
 @dataclass(frozen=True)
 class Preset:
-    """A preset that ships with fedtune: `title` is its first comment line."""
+    """A preset that ships with fedtune: `title` is its first comment line; one in a folder is called `folder/name`."""
 
     name: str
     path: Path
@@ -53,8 +53,13 @@ def shipped() -> list[Preset]:
     """The presets of the installed package `simulations`, by name; its code is not run."""
     spec = importlib.util.find_spec("simulations")
     folders = list(spec.submodule_search_locations or []) if spec else []
-    found = [path for folder in folders for path in Path(folder).glob("*.toml")]
-    return [Preset(path.stem, path, _title(path)) for path in sorted(found, key=lambda path: path.stem)]
+    found = {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in folders
+        for pattern in ("*.toml", "*/*.toml")
+        for path in Path(folder).glob(pattern)
+    }
+    return [Preset(name, found[name], _title(found[name])) for name in sorted(found, key=lambda name: ("/" in name, name))]
 
 
 def choose(preset: str, settings: Sequence[str] = ()) -> Chosen:
@@ -107,7 +112,8 @@ def _find(preset: str) -> Path:
     known = {found.name: found.path for found in shipped()}
     if preset in known:
         return known[preset]
-    if path.suffix == ".toml" or len(path.parts) > 1:
+    folders = {found.rpartition("/")[0] for found in known}
+    if path.suffix == ".toml" or (len(path.parts) > 1 and path.parts[0] not in folders):
         raise ConfigError(f"There is no preset file '{preset}': give an existing TOML file or a name from `fedtune presets`.")
     near = difflib.get_close_matches(preset, known, n=1, cutoff=0.4)
     hint = f"Did you mean '{near[0]}'?" if near else "Give a name from `fedtune presets` or a TOML file."

@@ -1,0 +1,180 @@
+"""What a run needs besides time: memory and payload bytes, from the shapes of its model; no weight is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune import wire
+from fedtune.algorithms import ALGORITHMS, Algorithm, State
+from fedtune.algorithms.base import pool_number
+from fedtune.algorithms.ferret import most_coordinates
+from fedtune.coefficients import Coefficients, PoolCoefficients
+from fedtune.config import RunConfig
+from fedtune.data.batches import Batch
+from fedtune.evaluation import response_loss
+from fedtune.layout import Layout
+from fedtune.perturb import Perturbation
+from fedtune.wire import Instruction, Kind
+
+FLOAT32 = 4  # bytes
+NO_FINGERPRINT = bytes(16)  # as long as any
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the training device.
+
+    Attributes:
+        weights: the live weights.
+        base: the copy of the base model that every rebuild starts from.
+        scratch: perturbed weights, of the largest module or of a small model as a whole (FedKSeed).
+        logits: float32 logits of the longest batch, the largest tensor of a forward pass.
+        gradients: one for each weight (Ferret).
+        start: the weights that the local steps started from (Ferret).
+        saved: activations that the backward pass over the longest batch needs, logits included (Ferret).
+        difference: float32 update that is projected when the steps are done (Ferret).
+    """
+
+    weights: int
+    base: int
+    scratch: int
+    logits: int
+    gradients: int
+    start: int
+    saved: int
+    difference: int
+
+    @property
+    def zeroth_order(self) -> int:
+        """Peak of a FedKSeed client: inference, the scratch and the base."""
+        return self.weights + self.base + self.scratch + 2 * self.logits
+
+    @property
+    def first_order(self) -> int:
+        """Peak of a Ferret client: in the backward pass, or in the projection that follows the steps."""
+        return self.weights + self.base + self.start + max(self.gradients + self.saved + self.logits, self.difference)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """See the fields. Bytes are payload; a message adds Flower's own headers.
+
+    Attributes:
+        up: one client's update; down: one instruction with one pool, of which every coefficient is in use (the most).
+        client_rounds: updates in the whole run; fedavg: bytes if each of them sent all weights in float32, both ways.
+        pools_down: pools sent in the whole run if no client that is asked has seen an earlier one (the most).
+    """
+
+    parameters: int
+    memory: Memory
+    up: int
+    down: int
+    client_rounds: int
+    pools_down: int
+    fedavg: int
+
+    @property
+    def payload(self) -> int:
+        """Most payload bytes of the run."""
+        return self.up * self.client_rounds + self.down * self.pools_down
+
+
+def needs(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbation: Perturbation, longest: Batch) -> Needs:
+    """The needs of a run of `config` with `model`, whose largest training batch is `longest`."""
+    algorithm = ALGORITHMS[config.algorithm]
+    state = algorithm.start(config, layout)
+    client_rounds = config.rounds * config.asked_per_round
+    return Needs(
+        parameters=layout.numel,
+        memory=_memory(model, layout, perturbation, longest),
+        up=_up(config, algorithm, layout),
+        down=_down(config, algorithm, layout, state),
+        client_rounds=client_rounds,
+        pools_down=config.asked_per_round * sum(1 + pool_number(config, round) for round in range(1, config.rounds + 1)),
+        fedavg=2 * FLOAT32 * layout.numel * client_rounds,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- bytes
+
+
+def full_pool(state: State) -> PoolCoefficients:
+    """The open pool with every coefficient in use, as after many rounds."""
+    blocks = len(state.values)
+    return PoolCoefficients(state.pool, np.ones((blocks, state.pool.size), np.int32), np.full(blocks, -20, np.int32))
+
+
+def first_instruction(
+    algorithm: Algorithm, layout: Layout, state: State, pool: PoolCoefficients, fingerprint: bytes = NO_FINGERPRINT
+) -> Instruction:
+    """The instruction of round 1 with `pool` as the coefficients so far."""
+    return Instruction(
+        round=1,
+        fingerprint=fingerprint,
+        layout=layout.digest,
+        digest=Coefficients((pool,)).digest(fingerprint),
+        held=0,
+        pools=(pool,),
+        draw_weights=algorithm.draw_weights(state),
+    )
+
+
+def _down(config: RunConfig, algorithm: Algorithm, layout: Layout, state: State) -> int:
+    instruction = first_instruction(algorithm, layout, state, full_pool(state))
+    return len(wire.encode_instruction(instruction, config.coefficient_bits))
+
+
+def _up(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
+    """Length of an update: as many scalars as local steps, or the most coordinates that can be sent and a count a block."""
+    coordinates = algorithm.kind == Kind.COORDINATES
+    update = wire.Update(
+        round=1,
+        digest=bytes(16),
+        status=wire.Status.FINISHED,
+        steps=config.local_steps,
+        examples=1,
+        train_loss=0.0,
+        scalars=np.zeros(most_coordinates(config, layout) if coordinates else config.local_steps, dtype=np.float32),
+        counts=np.zeros(layout.blocks if coordinates else 0, dtype=np.int64),
+    )
+    return len(wire.encode_update(update, config.scalar_bits))
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def _memory(model: torch.nn.Module, layout: Layout, perturbation: Perturbation, longest: Batch) -> Memory:
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
+    logits, saved = _activations(model, longest)
+    return Memory(
+        weights=weights,
+        base=weights,
+        scratch=perturbation.scratch_bytes,
+        logits=logits,
+        gradients=weights,
+        start=weights,
+        saved=saved,
+        difference=FLOAT32 * layout.numel,
+    )
+
+
+def _activations(model: Any, batch: Batch) -> tuple[int, int]:
+    """(bytes of float32 logits, bytes kept for the backward pass): each storage once, weights not counted."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = response_loss(model, batch)
+    del loss
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return FLOAT32 * vocabulary * batch.targets.numel(), sum(storage.nbytes() for storage in kept.values())
