@@ -182,7 +182,7 @@ class Run:
             "seconds": {name: round(seconds, 4) for name, seconds in self._phases.items()},
             "digest": self.strategy.digest.hex(),
         }
-        encoded = self._encoded_model()
+        encoded = self._encoded_model(number)
         self.folder.write_bytes("coefficients.bin", encoded)
         if loss and all(loss.loss < _number(other["eval_loss"]) for other in self.rows):
             self.folder.write_bytes("best_coefficients.bin", encoded)
@@ -192,11 +192,11 @@ class Run:
         self.rows.append(row)
         emit(RoundFinished(number, row))
 
-    def _encoded_model(self) -> bytes:
-        """The model as a complete instruction, which is what a client that joins now would get."""
+    def _encoded_model(self, number: int) -> bytes:
+        """The model after round `number` as a complete instruction: what a client that joins now would get."""
         strategy = self.strategy
         complete = wire.Instruction(
-            round=strategy.state.round + 1,
+            round=number + 1,
             fingerprint=strategy.fingerprint,
             layout=strategy.layout.digest,
             digest=strategy.digest,
