@@ -21,7 +21,11 @@ SETTINGS: dict[str, dict[str, object]] = {
     "fedkseed-fresh": {"algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "pool_every": 1},
     "ferret": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "pool_every": 1},
     "ferret-fixed": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "momentum": 0.5, "reconstruction": "shrunken"},
-}
+    "ferret-official": {
+        "algorithm": "ferret", "K": 16, "lr": 1e-2, "momentum": 0.5,
+        "family": "torch-truncated", "allocation": "official", "reconstruction": "official",
+    },
+}  # fmt: skip
 ALGORITHMS = tuple(SETTINGS)
 
 
