@@ -70,6 +70,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import get_args
 
 import click
 import numpy as np
@@ -89,6 +90,7 @@ from fedtune.algorithms.ferret import gradient_step, project
 from fedtune.algorithms.ferret import local_update as ferret_update
 from fedtune.cli.main import app
 from fedtune.cli.presets import parse_setting
+from fedtune.cli.settings import grouped
 from fedtune.coefficients import Coefficients, quantise
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch, client_batches
@@ -172,7 +174,8 @@ def test_every_test_named_here_exists(source: str) -> None:
     for file, function in named:
         assert function in functions_of(ROOT / file), f"{source} names {file}::{function}"
     if source.endswith(".md"):
-        paths = re.findall(r"`((?:fedtune|server|client|tests|simulations|docs)/[\w./-]+)[`:]", text)
+        spans = "\n".join(spans_of(text))
+        paths = re.findall(r"^((?:fedtune|server|client|tests|simulations|docs)/[\w./-]+)", spans, flags=re.MULTILINE)
         paths += [f"docs/{link}" for link in re.findall(r"\]\(([\w-]+\.md)\)", text)]
         assert paths
         assert [path for path in paths if not (ROOT / path).exists()] == []
@@ -619,6 +622,11 @@ def blocks_of(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
+def spans_of(text: str) -> list[str]:
+    """Everything between single backquotes, outside code blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
 def typed_lines(text: str) -> Iterator[str]:
     """Every line of a shell block, continued lines joined, comments and redirections left out."""
     for block in blocks_of(text, "bash"):
@@ -630,7 +638,7 @@ def typed_lines(text: str) -> Iterator[str]:
 def mentioned(text: str) -> Iterator[str]:
     """Every `command ...` between backquotes; in a line of a table with the options that the line mentions."""
     for line in re.sub(r"```.*?```", "", text, flags=re.DOTALL).splitlines():
-        spans = re.findall(r"`([^`]+)`", line)
+        spans = spans_of(line)
         commands = [span for span in spans if re.match(r"(fedtune|flwr|make|python) \S", span)]
         for command in commands:
             yield re.split(r"\s>", command)[0]
@@ -695,6 +703,16 @@ def test_commands_in_the_documents_are_accepted(document: Path) -> None:
         assert sum(checked) > 20
     for block in blocks_of(text, "toml"):
         RunConfig.from_mapping(tomllib.loads(block))
+
+
+def test_methods_describes_every_setting_and_choice_of_the_methods() -> None:
+    """docs/methods.md names each setting of the groups that the methods use, and each of its choices, in backquotes."""
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    keys = [key for title in ("Method", "FedKSeed", "Ferret", "Directions", "Messages") for key in grouped()[title]]
+    choices = [str(choice) for key in keys for choice in get_args(RunConfig.model_fields[key].annotation)]
+    assert len(keys) > 20
+    named = set(re.findall(r"[\w-]+", " ".join(spans_of(text))))
+    assert [name for name in (*keys, *choices) if name not in named and not name.isdigit()] == []
 
 
 @pytest.mark.parametrize(
