@@ -22,6 +22,27 @@ from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
 
 Scalar = bool | int | float | str
 
+_ALIASES = {  # what others call a setting, for the hint in an error
+    "learning_rate": "lr",
+    "eta": "lr",
+    "epsilon": "eps",
+    "tau": "local_steps",
+    "local_step": "local_steps",
+    "m": "client_fraction",
+    "fraction_fit": "client_fraction",
+    "num_clients": "clients",
+    "num_supernodes": "clients",
+    "num_rounds": "rounds",
+    "num_server_rounds": "rounds",
+    "n_accum": "accumulate",
+    "slr_max": "server_lr",
+    "alpha": "dirichlet_alpha",
+    "grad_clip": "clip_norm",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "dataset": "data",
+}
+
 
 class RunConfig(BaseModel):
     """One run. Construct with `RunConfig.load`, `RunConfig.from_mapping` or keyword arguments.
@@ -143,7 +164,8 @@ class RunConfig(BaseModel):
         """
         unknown = sorted(set(values) - set(cls.model_fields))
         if unknown:
-            near = difflib.get_close_matches(unknown[0], list(cls.model_fields), n=1, cutoff=0.5)
+            known = _ALIASES.get(unknown[0].lower().replace("-", "_"))
+            near = [known] if known else difflib.get_close_matches(unknown[0], list(cls.model_fields), n=1, cutoff=0.5)
             hint = f" Did you mean '{near[0]}'?" if near else " `fedtune settings` lists them."
             raise UnknownSettingError(f"There is no setting '{unknown[0]}'.{hint}", key=unknown[0], nearest=near)
         try:

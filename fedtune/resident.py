@@ -48,6 +48,10 @@ class Resident:
         self.config = config
         self.algorithm = ALGORITHMS[config.algorithm]
 
+    def load(self) -> None:
+        """Load model and data now, so that what is wrong with them is known before anything else happens."""
+        _ = self.replica, self.data
+
     @cached_property
     def language_model(self) -> LanguageModel:
         return load_model(self.config)

@@ -18,7 +18,8 @@ from fedtune import progress
 from fedtune.cli.lines import LineLog
 from fedtune.cli.view import RunView
 from fedtune.config import RunConfig
-from fedtune.run_folder import RunFolder, dated
+from fedtune.resident import resident
+from fedtune.run_folder import RunFolder, check_new, dated
 from server.rounds import Run
 
 app = ServerApp()
@@ -30,6 +31,8 @@ def main(grid: Grid, context: Context) -> None:
     asked = RunConfig.from_mapping(dict(context.run_config))
     out = asked.out or dated(asked.algorithm)
     config = asked.replace(out=str(Path(out).resolve()))
+    check_new(config.out)
+    resident(config).load()  # a run that cannot start leaves no folder behind
     folder = RunFolder.create(config.out, asked.as_mapping(), config)
     try:
         with _told():

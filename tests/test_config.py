@@ -1,0 +1,90 @@
+"""Settings: what is refused and how it is said, what paths become, and that every preset is valid."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedtune.config import RunConfig, expand
+from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
+
+PRESETS = sorted(Path("simulations").rglob("*.toml"))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "text"),
+    [
+        ({"learning_rate": 1}, UnknownSettingError, "no setting 'learning_rate'. Did you mean 'lr'"),
+        ({"local_step": 1}, UnknownSettingError, "Did you mean 'local_steps'"),
+        ({"rouunds": 1}, UnknownSettingError, "Did you mean 'rounds'"),
+        ({"xyzzy": 1}, UnknownSettingError, "lists them"),
+        ({"lr": -1}, ConfigError, "'lr' = -1"),
+        ({"lr": "fast"}, ConfigError, "'lr' = 'fast'"),
+        ({"algorithm": "fedsgd"}, ConfigError, "'fedkseed', 'fedkseed-pro'"),
+        ({"clients": 3, "clients_per_round": 4}, ContradictionError, "there are only 3 clients"),
+        ({"holdout_category": "a", "holdout_file": "b"}, ContradictionError, "exclude each other"),
+        ({"algorithm": "ferret", "momentum": 0.9, "pool_every": 1}, ContradictionError, "needs one pool"),
+        ({"momentum": 0.9}, ContradictionError, "momentum belongs to ferret"),
+        ({"server_lr": 3.0}, ContradictionError, "by definition"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_the_fix(values: dict[str, object], kind: type[ConfigError], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        RunConfig.from_mapping(values)
+
+
+def test_a_config_is_frozen_hashable_and_survives_its_mapping() -> None:
+    config = RunConfig(algorithm="ferret", lr=1e-3)
+    assert RunConfig.from_mapping(config.as_mapping()) == config
+    assert hash(RunConfig.from_mapping(config.as_mapping())) == hash(config)
+    with pytest.raises(ValueError, match="frozen"):
+        config.lr = 2.0
+    assert all(isinstance(value, bool | int | float | str) for value in config.as_mapping().values())
+
+
+@pytest.mark.parametrize(
+    ("clients", "fraction", "exactly", "asked"),
+    [(8, 0.5, 0, 4), (738, 0.05, 0, 36), (200, 0.05, 0, 10), (3, 0.05, 0, 1), (20, 0.5, 5, 5)],
+)
+def test_clients_of_a_round_are_int_m_n_at_least_one(clients: int, fraction: float, exactly: int, asked: int) -> None:
+    config = RunConfig(clients=clients, client_fraction=fraction, clients_per_round=exactly)
+    assert config.asked_per_round == asked
+
+
+def test_variables_and_home_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FT_HERE", "/data")
+    monkeypatch.delenv("FT_MISSING", raising=False)
+    assert expand("${FT_HERE}/x") == "/data/x"
+    assert expand("${FT_MISSING:-../shared}/x") == "../shared/x"
+    assert expand("~/x") == str(Path.home() / "x")
+    with pytest.raises(ConfigError, match="environment variable FT_MISSING, which is not set"):
+        expand("${FT_MISSING}/x")
+
+
+def test_local_paths_become_absolute_and_names_stay(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    config = RunConfig(model="base", data="rows.jsonl", out="runs/a").with_absolute_paths(tmp_path)
+    assert (config.model, config.data, config.out) == tuple(str(tmp_path / name) for name in ("base", "rows.jsonl", "runs/a"))
+    names = RunConfig(model="org/name", data="hub:org/rows").with_absolute_paths(tmp_path)
+    assert (names.model, names.data, names.out) == ("org/name", "hub:org/rows", "")
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
+def test_every_preset_is_valid_flat_and_explains_itself(preset: Path) -> None:
+    text = preset.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert all(isinstance(value, bool | int | float | str) for value in tomllib.loads(text).values())
+    assert RunConfig.load(preset).rounds >= 1
+
+
+def test_a_preset_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no preset"):
+        RunConfig.load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("lr = = 3")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        RunConfig.load(tmp_path / "bad.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        RunConfig.load(tmp_path / "binary.toml")
