@@ -79,7 +79,7 @@ def _run(cell: Cell, seed: int, out: Path) -> None:
 
 def table(cells: Sequence[Cell], out: Path, seeds: range) -> Iterator[str]:
     """The lines of the Markdown table."""
-    yield "| preset | family | before | after, mean ± sd (each seed) | official, mean ± sd | seconds | official | bytes up, down |"
+    yield "| preset | family | before | after, mean ± sd (each seed) | official, mean ± sd | seconds | official | up, down |"
     yield "|---|---|---|---|---|---|---|---|"
     for cell in cells:
         yield _line(cell, [RunFolder.open(cell.folder(out, seed)).summary() for seed in seeds])
