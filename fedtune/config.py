@@ -22,6 +22,19 @@ from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
 
 Scalar = bool | int | float | str
 
+_ONLY_FEDKSEED = ("eps",)
+_ONLY_FERRET = (
+    "server_lr",
+    "anneal",
+    "momentum",
+    "accumulate",
+    "clip_norm",
+    "pool_size",
+    "blocks",
+    "allocation",
+    "reconstruction",
+)
+
 _ALIASES = {  # what others call a setting, for the hint in an error
     "learning_rate": "lr",
     "eta": "lr",
@@ -53,7 +66,7 @@ class RunConfig(BaseModel):
         ConfigError: a value out of range or of the wrong type.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
     # ------------------------------------------------------------------ the method
     algorithm: Literal["fedkseed", "fedkseed-pro", "ferret"] = Field(
@@ -165,7 +178,7 @@ class RunConfig(BaseModel):
         unknown = sorted(set(values) - set(cls.model_fields))
         if unknown:
             known = _ALIASES.get(unknown[0].lower().replace("-", "_"))
-            near = [known] if known else difflib.get_close_matches(unknown[0], list(cls.model_fields), n=1, cutoff=0.5)
+            near = [known] if known else difflib.get_close_matches(unknown[0], list(cls.model_fields), n=1, cutoff=0.7)
             hint = f" Did you mean '{near[0]}'?" if near else " `fedtune settings` lists them."
             raise UnknownSettingError(f"There is no setting '{unknown[0]}'.{hint}", key=unknown[0], nearest=near)
         try:
@@ -200,6 +213,7 @@ class RunConfig(BaseModel):
             )
         if self.holdout_category and self.holdout_file:
             raise ContradictionError("holdout_category and holdout_file exclude each other: keep one of them.")
+        self._refuse_foreign()
         if self.algorithm == "ferret":
             if self.momentum and self.pool_every:
                 raise ContradictionError(
@@ -211,18 +225,18 @@ class RunConfig(BaseModel):
                     K=self.K,
                     pool_size=self.pool_size,
                 )
-        else:
-            for key in ("momentum", "pool_size"):
-                if getattr(self, key):
-                    raise ContradictionError(f"{key} belongs to ferret, not to {self.algorithm}: remove it.", key=key)
-            if self.anneal != "none" or self.server_lr != 1.0:
-                raise ContradictionError(
-                    f"server_lr and anneal belong to ferret, not to {self.algorithm}: "
-                    "its model is w0 - lr * sum A_k z_k by definition."
-                )
         if self.max_new_tokens > 100_000:
             raise ContradictionError("max_new_tokens above 100,000 is surely a mistake.")
         return self
+
+    def _refuse_foreign(self) -> None:
+        """A setting of another algorithm would be recorded and change nothing, so it is refused."""
+        ours, others = ("ferret", _ONLY_FEDKSEED) if self.algorithm == "ferret" else (self.algorithm, _ONLY_FERRET)
+        for key in others:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                owner = "fedkseed" if ours == "ferret" else "ferret"
+                reason = " (its model is w0 - lr * sum A_k z_k by definition)" if key in ("server_lr", "anneal") else ""
+                raise ContradictionError(f"{key} belongs to {owner}, not to {ours}{reason}: remove it.", key=key)
 
     # ------------------------------------------------------------------ derived values
 

@@ -26,6 +26,10 @@ from server.strategy import CoefficientStrategy, is_behind
 
 POLL_SECONDS = 0.1
 EMPTY_ROUNDS = 3  # so many rounds in a row without a usable update end the run
+_SIXTEEN_BIT = (
+    "a local step smaller than half the spacing of a weight is lost on the client, so what it trains and what is rebuilt "
+    "from its numbers differ; the global model is summed in float32 all the same (docs/methods.md has figures)"
+)
 BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison
 
 
@@ -76,6 +80,8 @@ class Run:
         config, here = self.config, self.here
         for note in here.language_model.notes:
             emit(Note(note))
+        if config.dtype != "float32":
+            emit(Note(f"{config.dtype} weights: {_SIXTEEN_BIT}", warning=True))
         self.folder.write_json("partition.json", here.data.partition.as_json())
         self.strategy.summary()
         parameters = here.replica.layout.numel

@@ -28,6 +28,10 @@ PRESETS = sorted(Path("simulations").rglob("*.toml"))
         ({"algorithm": "ferret", "momentum": 0.9, "pool_every": 1}, ContradictionError, "needs one pool"),
         ({"momentum": 0.9}, ContradictionError, "momentum belongs to ferret"),
         ({"server_lr": 3.0}, ContradictionError, "by definition"),
+        ({"clip_norm": 1.0}, ContradictionError, "clip_norm belongs to ferret, not to fedkseed: remove it"),
+        ({"algorithm": "fedkseed-pro", "accumulate": 4}, ContradictionError, "accumulate belongs to ferret"),
+        ({"algorithm": "ferret", "eps": 1e-3}, ContradictionError, "eps belongs to fedkseed, not to ferret"),
+        ({"weight_decay": 0.1}, UnknownSettingError, "no setting 'weight_decay'. `fedtune"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_fix(values: dict[str, object], kind: type[ConfigError], text: str) -> None:

@@ -7,7 +7,8 @@ Source: Shu et al., "Ferret: Federated Full-Parameter Tuning at Scale for Large 
     delta_l ~ s_l * sum_k g[l,k] z[l,k]     rebuilt by everybody, s_l = 1/K_l (unbiased) or 1/(K_l + d_l) (least error)
 
 The relative error of the unbiased rebuild is sqrt(d_l / K_l). Every client uses K_l seeds of the pool of its own
-(derived from its named stream, not sent), so that the errors of different clients average out.
+(derived from its named stream, not sent), so that the errors of different clients average out, down to the error that
+all P seeds of the pool together would leave.
 
 The official code (allen4747/Ferret) departs from the paper; the settings called "official" follow the code, see
 docs/fidelity.md. With v = z / sqrt(3 d_l) and its coordinate c = -<delta_l, v> d_l / K_l it subtracts server_lr * c * v,
@@ -176,7 +177,7 @@ def clip_pieces(values: F64, sizes: I64) -> F64:
 
 
 def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, layout: Layout) -> State:
-    """C <- C + server_lr * M,  M <- momentum * M + sum_i c_i s_i g_i, clients in sorted order.
+    """C <- C + server_lr * M,  M <- momentum * M + sum_i c_i s_i g_i, clients in sorted order, at least one.
 
     This is also what the official code's momentum does: it decays the summed coordinates (`*= momentum`), adds those of
     the round, and applies the sum to the model of the round before.
@@ -191,7 +192,8 @@ def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, la
         step += share * scales(update.counts, sizes, config.reconstruction)[:, None] * dense
     velocity = config.momentum * state.statistics["velocity"] + step
     applied = clip_pieces(velocity, sizes) if config.reconstruction == "official" else velocity
-    values = state.values + server_rate(config, state.round + 1) * applied
+    number = next(iter(updates.values())).round  # the server's round, which counts empty ones too
+    values = state.values + server_rate(config, number) * applied
     return replace(state, round=state.round + 1, values=values, statistics={"velocity": velocity})
 
 
