@@ -1,7 +1,8 @@
 """Our runs at the settings of the recorded official runs, over seeds and families, as one table beside the official figures.
 
     python -m simulations.recorded --seeds 3                                  the README's table
-    python -m simulations.recorded --seeds 5 --families hadamard,rademacher,gaussian --jobs 2     the distribution table
+    python -m simulations.recorded --seeds 5 --families hadamard,rademacher,gaussian --jobs 2 --final-only
+
 
 runs the presets stories_fedkseed, stories_fedkseed_pro and stories_ferret (FEDTUNE_SHARED says where model and data are)
 and prints the held-out loss (mean over samples of each sample's mean token loss) after the last round, seconds, payload
@@ -55,13 +56,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each line, with seeds 0, 1, ...")
     parser.add_argument("--families", default="hadamard", help="comma-separated")
     parser.add_argument("--presets", default=",".join(OFFICIAL), help="comma-separated")
+    parser.add_argument("--final-only", action="store_true", help="no evaluation between the first and the last round")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; seconds mean most with 1")
     parser.add_argument("--out", type=Path, default=Path("runs/recorded"), help="folder of the run folders")
     asked = parser.parse_args()
     cells = [Cell(preset, family) for preset in asked.presets.split(",") for family in asked.families.split(",")]
     missing = [(cell, seed) for cell in cells for seed in range(asked.seeds) if not _done(cell, asked.out, seed)]
     with ThreadPoolExecutor(asked.jobs) as pool:
-        for number, _ in enumerate(pool.map(lambda task: _run(*task, asked.out), missing), 1):
+        for number, _ in enumerate(pool.map(lambda task: _run(*task, asked), missing), 1):
             print(f"{number} of {len(missing)} runs done", file=sys.stderr, flush=True)
     for line in table(cells, asked.out, range(asked.seeds)):
         print(line)
@@ -71,10 +73,21 @@ def _done(cell: Cell, out: Path, seed: int) -> bool:
     return (cell.folder(out, seed) / "summary.json").exists()
 
 
-def _run(cell: Cell, seed: int, out: Path) -> None:
+def _run(cell: Cell, seed: int, asked: argparse.Namespace) -> None:
     """One run in a process of its own, so that runs do not share a model."""
-    command = [sys.executable, "-m", "fedtune.cli", "simulate", cell.preset, "--quiet", "--out", str(cell.folder(out, seed))]
-    subprocess.run([*command, "--set", f"seed={seed}", "--set", f"family={cell.family}"], check=True, stdout=subprocess.DEVNULL)
+    settings = [f"seed={seed}", f"family={cell.family}", *(["eval_every=0"] if asked.final_only else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "fedtune.cli",
+        "simulate",
+        cell.preset,
+        "--quiet",
+        "--out",
+        str(cell.folder(asked.out, seed)),
+    ]
+    command += [part for setting in settings for part in ("--set", setting)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def table(cells: Sequence[Cell], out: Path, seeds: range) -> Iterator[str]:
