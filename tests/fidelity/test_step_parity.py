@@ -106,7 +106,7 @@ def _check_fedkseed(replay: Replay, states: list[State], round: int, clients: in
         steps = recording.steps[round, client]
         scalars = np.array([step.scalar for step in steps])
         assert len(steps) == update.steps == 50
-        assert np.abs(scalars).mean() > 200 * SCALAR  # so a wrong direction, sign or eps cannot pass
+        assert np.abs(scalars).mean() > 200 * SCALAR  # so a wrong direction, sign or factor cannot pass
         assert np.abs(update.scalars - scalars).max() < SCALAR
         plus = np.array(middles) + eps * update.scalars.astype(np.float64)  # the official code logs L(w + eps z)
         assert np.abs(plus - [step.loss for step in steps]).max() < LOSS
