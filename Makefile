@@ -27,7 +27,7 @@ demo: $(VENV)/.stamp-package
 
 test: check
 	@echo "== tests"
-	@$(BIN)/python -m pytest -q -m "not gpu"
+	@$(BIN)/python -m pytest -q -m "not gpu" -n 2 --dist worksteal
 
 check: $(VENV)/.stamp-dev
 	@echo "== ruff"
