@@ -82,6 +82,9 @@ class RunConfig(BaseModel):
     )
     # ------------------------------------------------------------------ fedkseed
     eps: float = Field(5e-4, gt=0, description="half the distance between the two evaluations of a step")
+    directions_per_step: int = Field(
+        1, ge=1, le=65536, description="fedkseed: directions whose slopes a step measures on its batch and averages"
+    )
     # ------------------------------------------------------------------ ferret
     server_lr: float = Field(1.0, gt=0, description="step of the server along the reconstructed update (1: as measured)")
     anneal: Literal["none", "linear", "cosine"] = Field("none", description="schedule of server_lr over the rounds")
@@ -210,6 +213,11 @@ class RunConfig(BaseModel):
                     f"allocation = official takes K = {self.K} as the size of the pool: remove pool_size.",
                     K=self.K,
                     pool_size=self.pool_size,
+                )
+            if self.directions_per_step != 1:
+                raise ContradictionError(
+                    "directions_per_step belongs to fedkseed and fedkseed-pro, not to ferret: remove it.",
+                    key="directions_per_step",
                 )
         else:
             for key in ("momentum", "pool_size"):

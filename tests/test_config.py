@@ -28,6 +28,11 @@ PRESETS = sorted(Path("simulations").rglob("*.toml"))
         ({"algorithm": "ferret", "momentum": 0.9, "pool_every": 1}, ContradictionError, "needs one pool"),
         ({"momentum": 0.9}, ContradictionError, "momentum belongs to ferret"),
         ({"server_lr": 3.0}, ContradictionError, "by definition"),
+        (
+            {"algorithm": "ferret", "directions_per_step": 2},
+            ContradictionError,
+            "directions_per_step belongs to fedkseed and fedkseed-pro, not to ferret: remove it",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_fix(values: dict[str, object], kind: type[ConfigError], text: str) -> None:
