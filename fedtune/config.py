@@ -22,7 +22,7 @@ from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
 
 Scalar = bool | int | float | str
 
-_ONLY_FEDKSEED = ("eps",)
+_ONLY_FEDKSEED = ("eps", "directions_per_step")
 _ONLY_FERRET = (
     "server_lr",
     "anneal",
@@ -95,6 +95,9 @@ class RunConfig(BaseModel):
     )
     # ------------------------------------------------------------------ fedkseed
     eps: float = Field(5e-4, gt=0, description="half the distance between the two evaluations of a step")
+    directions_per_step: int = Field(
+        1, ge=1, le=65536, description="fedkseed: directions whose slopes a step measures on its batch and averages"
+    )
     # ------------------------------------------------------------------ ferret
     server_lr: float = Field(1.0, gt=0, description="step of the server along the reconstructed update (1: as measured)")
     anneal: Literal["none", "linear", "cosine"] = Field("none", description="schedule of server_lr over the rounds")

@@ -129,8 +129,9 @@ def _down(config: RunConfig, algorithm: Algorithm, layout: Layout, state: State)
 
 
 def _up(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
-    """Length of an update: as many scalars as local steps, or the most coordinates that can be sent and a count a block."""
+    """Length of an update: the scalars of all local steps, or the most coordinates that can be sent and a count a block."""
     coordinates = algorithm.kind == Kind.COORDINATES
+    numbers = most_coordinates(config, layout) if coordinates else config.local_steps * config.directions_per_step
     update = wire.Update(
         round=1,
         digest=bytes(16),
@@ -138,7 +139,7 @@ def _up(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
         steps=config.local_steps,
         examples=1,
         train_loss=0.0,
-        scalars=np.zeros(most_coordinates(config, layout) if coordinates else config.local_steps, dtype=np.float32),
+        scalars=np.zeros(numbers, dtype=np.float32),
         counts=np.zeros(layout.blocks if coordinates else 0, dtype=np.int64),
     )
     return len(wire.encode_update(update, config.scalar_bits))

@@ -11,7 +11,7 @@ byte, and raises a WireError for anything it does not expect; nothing is unpickl
   update (client to server)
     "FT" version kind=2|3 | round u32 | digest of the model it started from 16 | status u8 | steps u32 | examples u32
     | mean training loss f32
-    kind 2 (scalars):      steps x scalar
+    kind 2 (scalars):      steps x P x scalar
     kind 3 (coordinates):  L x u16 counts | sum of counts x scalar
 A scalar is a float32, or its upper 16 bits (bfloat16, rounded to nearest even).
 """
@@ -92,7 +92,8 @@ class Update:
         status: whether all steps were finite. `steps` counts the finite ones.
         examples: training samples that the client owns (the weight of its update).
         train_loss: mean over the steps.
-        scalars: float32 [steps] scalar gradients (FedKSeed), or float32 [sum of counts] coordinates (Ferret).
+        scalars: float32 [steps * P] scalar gradients (FedKSeed, P in each step), or float32 [sum of counts] coordinates
+            (Ferret).
         counts: int64 [L], coordinates in each block (Ferret); empty for FedKSeed.
     """
 
@@ -294,7 +295,16 @@ def encode_update(update: Update, bits: int) -> bytes:
 
 
 def decode_update(
-    data: bytes, *, kind: Kind, round: int, digest: bytes, max_steps: int, blocks: int, max_count: int, bits: int
+    data: bytes,
+    *,
+    kind: Kind,
+    round: int,
+    digest: bytes,
+    max_steps: int,
+    blocks: int,
+    max_count: int,
+    bits: int,
+    per_step: int = 1,
 ) -> Update:
     """Read a client's update and refuse what the round did not ask for.
 
@@ -306,6 +316,7 @@ def decode_update(
         blocks: L (COORDINATES).
         max_count: most coordinates a block can have, the size of the pool (COORDINATES).
         bits: per scalar.
+        per_step: scalars of each step (SCALARS).
 
     Raises:
         MalformedMessageError: wrong length, magic, version or count.
@@ -324,7 +335,7 @@ def decode_update(
     if steps > max_steps or examples == 0:
         raise MalformedMessageError(f"{steps} steps on {examples} samples; at most {max_steps} steps were asked.")
     counts = np.zeros(0, dtype=np.int64)
-    length = steps
+    length = steps * per_step
     if kind == Kind.COORDINATES:
         counts = np.frombuffer(reader.take(2 * blocks), dtype="<u2").astype(np.int64)
         if (counts > max_count).any():

@@ -213,6 +213,7 @@ class CoefficientStrategy(Strategy):
             blocks=self.layout.blocks,
             max_count=min(self.state.pool.size, 65535),
             bits=self.config.scalar_bits,
+            per_step=self.config.directions_per_step,
         )
         if update.status == Status.NOT_FINITE:
             raise NonFiniteError(

@@ -32,6 +32,7 @@ PRESETS = sorted(Path("simulations").rglob("*.toml"))
         ({"algorithm": "fedkseed-pro", "accumulate": 4}, ContradictionError, "accumulate belongs to ferret"),
         ({"algorithm": "ferret", "eps": 1e-3}, ContradictionError, "eps belongs to fedkseed, not to ferret"),
         ({"weight_decay": 0.1}, UnknownSettingError, "no setting 'weight_decay'. `fedtune"),
+        ({"algorithm": "ferret", "directions_per_step": 2}, ContradictionError, "directions_per_step belongs to fedkseed"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_fix(values: dict[str, object], kind: type[ConfigError], text: str) -> None:

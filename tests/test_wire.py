@@ -110,6 +110,16 @@ def test_updates_survive_the_wire(bits: int) -> None:
     assert (got.counts.tolist(), got.scalars.tolist()) == ([1, 0, 2], [0.5, -0.25, 8.0])
 
 
+def test_a_step_of_several_directions_has_as_many_scalars() -> None:
+    two = scalars(steps=2, scalars=np.array([1.0, -2.5, 0.0, 4.0], dtype=np.float32))
+    got = read_update(wire.encode_update(two, 16), bits=16, per_step=2)
+    assert (got.steps, got.scalars.tolist()) == (2, [1.0, -2.5, 0.0, 4.0])
+    with pytest.raises(MalformedMessageError, match="has 45 bytes; 41 were announced"):
+        read_update(wire.encode_update(two, 16), bits=16)
+    with pytest.raises(MalformedMessageError, match="ends after 39 bytes; 41 were announced"):
+        read_update(wire.encode_update(scalars(steps=1, scalars=np.ones(1, np.float32)), 16), bits=16, per_step=2)
+
+
 @given(st.floats(-(2.0**120), 2.0**120, width=32))
 def test_sixteen_bit_scalars_are_the_nearest_ones(value: float) -> None:
     rounded = float(wire.round_scalars(np.array([value], dtype=np.float32), 16)[0])

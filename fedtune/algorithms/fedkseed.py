@@ -5,12 +5,13 @@ Kilobytes", ICML 2024, arXiv 2312.06353. The model of the server is
 
     w = w0 - lr * sum_k A_k z_k,        C_k = -lr * A_k
 
-where A_k accumulates the scalar gradients that clients measured along z_k, weighted by the clients' shares.
+where A_k accumulates the scalar gradients that clients measured along z_k, weighted by the clients' shares. A step that
+measures P slopes (`directions_per_step`; the paper: 1) moves along all P directions and counts each by 1/P.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -32,43 +33,46 @@ DRAW_SCALE = 65535  # the most likely seed has this draw weight
 def drawn_seeds(
     config: RunConfig, round: int, client: str, pool_size: int, weights: npt.NDArray[np.uint16]
 ) -> npt.NDArray[np.int64]:
-    """int64 [tau]: the seeds of a client's local steps, drawn with replacement.
+    """int64 [tau * P]: the seeds of a client's local steps, P = `directions_per_step` for each, drawn with replacement.
 
     Client and server derive them from the same named stream, so they are never sent.
 
     Args:
         weights: uint16 [K] as whole-number probabilities (FedKSeed-Pro), or empty for uniform (FedKSeed).
     """
-    stream = Stream(config.seed, "steps", round, client)
+    stream, count = Stream(config.seed, "steps", round, client), config.local_steps * config.directions_per_step
     if weights.size:
-        return stream.weighted(weights.astype(np.int64), config.local_steps)
-    return stream.below(pool_size, config.local_steps)
+        return stream.weighted(weights.astype(np.int64), count)
+    return stream.below(pool_size, count)
 
 
 def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -> Update:
-    """tau steps of  w <- w - lr * g * z_k,  g = (L(w + eps z_k) - L(w - eps z_k)) / (2 eps).
+    """tau steps of  w <- w - lr/P * sum_k g_k z_k  over P seeds,  g_k = (L(w + eps z_k) - L(w - eps z_k)) / (2 eps).
 
-    The g that is applied is the g that is sent (rounded to `scalar_bits`), so the server's replay follows the client's
-    own path. The first loss that is not finite ends the steps and is reported.
+    All P slopes of a step are measured at the same w, on the same batch. The g that is applied is the g that is sent
+    (rounded to `scalar_bits`), so the server's replay follows the client's own path. The first step with a loss or slope
+    that is not finite ends the work, is not counted, and is reported.
     """
     seeds = drawn_seeds(config, instruction.round, work.client, work.directions.pool.size, instruction.draw_weights)
+    rate = config.lr / config.directions_per_step
     scalars: list[np.float32] = []
     losses: list[float] = []
-    for step, k in enumerate(seeds.tolist()):
+    for step, ks in enumerate(seeds.reshape(config.local_steps, config.directions_per_step).tolist()):
         check_stop()
-        gradient, loss = two_point(work, k, config.eps)
-        rounded = round_scalars(np.array([gradient], dtype=np.float32), config.scalar_bits)[0]
-        if not (np.isfinite(rounded) and np.isfinite(loss)):
+        gradients, loss = two_point(work, ks, config.eps)
+        rounded = round_scalars(np.array(gradients, dtype=np.float32), config.scalar_bits)
+        if not (np.isfinite(rounded).all() and np.isfinite(loss)):
             break
-        work.directions.add(work.weights, k, -config.lr * float(rounded))
-        scalars.append(rounded)
+        for k, gradient in zip(ks, rounded.tolist(), strict=True):
+            work.directions.add(work.weights, k, -rate * gradient)
+        scalars.extend(rounded)
         losses.append(loss)
         emit(ClientStep(work.client, step + 1, config.local_steps, loss))
     return Update(
         round=instruction.round,
         digest=instruction.digest,
-        status=Status.FINISHED if len(scalars) == config.local_steps else Status.NOT_FINITE,
-        steps=len(scalars),
+        status=Status.FINISHED if len(losses) == config.local_steps else Status.NOT_FINITE,
+        steps=len(losses),
         examples=work.examples,
         train_loss=float(np.mean(losses)) if losses else 0.0,
         scalars=np.array(scalars, dtype=np.float32),
@@ -77,27 +81,35 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
 
 
 @torch.no_grad()
-def two_point(work: LocalWork, k: int, eps: float) -> tuple[float, float]:
-    """(scalar gradient, mean loss) of the next batch along direction k, from two evaluations at w + eps z and w - eps z."""
+def two_point(work: LocalWork, ks: Sequence[int], eps: float) -> tuple[list[float], float]:
+    """(P scalar gradients, mean loss) of the next batch along directions `ks`.
+
+    Each takes two evaluations, at w + eps z and w - eps z.
+    """
     batch = next(work.batches)
-    with work.perturbation.at(work.directions, k, eps):
-        plus = float(work.loss(work.model, batch))
-    with work.perturbation.at(work.directions, k, -eps):
-        minus = float(work.loss(work.model, batch))
-    return (plus - minus) / (2.0 * eps), (plus + minus) / 2.0
+    gradients, losses = [], []
+    for k in ks:
+        with work.perturbation.at(work.directions, k, eps):
+            plus = float(work.loss(work.model, batch))
+        with work.perturbation.at(work.directions, k, -eps):
+            minus = float(work.loss(work.model, batch))
+        gradients.append((plus - minus) / (2.0 * eps))
+        losses.append((plus + minus) / 2.0)
+    return gradients, sum(losses) / len(losses)
 
 
 def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, layout: Layout) -> State:
-    """C_k <- C_k - lr * sum_i c_i * (sum of client i's scalar gradients along k), clients in sorted order."""
+    """C_k <- C_k - lr/P * sum_i c_i * (sum of client i's scalar gradients along k), clients in sorted order."""
+    rate = config.lr / config.directions_per_step
     weights = draw_weights(state) if state.statistics else np.zeros(0, dtype=np.uint16)
     values = state.values.copy()
     statistics = {name: array.copy() for name, array in state.statistics.items()}
     for client, share in shares(updates, config).items():
         update = updates[client]
-        seeds = drawn_seeds(config, update.round, client, state.pool.size, weights)[: update.steps]
+        seeds = drawn_seeds(config, update.round, client, state.pool.size, weights)[: len(update.scalars)]
         sums = np.zeros(state.pool.size)
         np.add.at(sums, seeds, update.scalars.astype(np.float64))
-        values[0] -= config.lr * share * sums
+        values[0] -= rate * share * sums
         if statistics:
             np.add.at(statistics["magnitude"], seeds, np.minimum(np.abs(update.scalars.astype(np.float64)), PRO_CLIP))
             np.add.at(statistics["count"], seeds, 1.0)

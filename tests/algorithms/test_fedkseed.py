@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.algorithms import ALGORITHMS
+from fedtune.algorithms import ALGORITHMS, LocalWork
 from fedtune.algorithms.base import shares
 from fedtune.algorithms.fedkseed import DRAW_SCALE, drawn_seeds, probabilities
 from fedtune.config import RunConfig
+from fedtune.directions import Directions
 from fedtune.layout import Layout
-from fedtune.wire import Status, Update
+from fedtune.perturb import Perturbation
+from fedtune.wire import Instruction, Status, Update
 
 LAYOUT = Layout.from_shapes([("a", (4,)), ("b", (3, 2))])
 NONE = np.zeros(0, dtype=np.uint16)
@@ -54,6 +56,63 @@ def test_the_state_is_the_weighted_mean_of_the_clients_sums() -> None:
     np.testing.assert_allclose(moved.values[0], expected, rtol=1e-12)
     assert (moved.round, state.round) == (1, 0)
     assert not state.values.any()
+
+
+def test_a_step_along_several_directions_moves_by_their_mean() -> None:
+    """P = 3 slopes a step: C_k = -lr/3 * (sum of the scalar gradients along k), and the weights go there as well."""
+    algorithm, settings = ALGORITHMS["fedkseed"], config(directions_per_step=3, local_steps=2, scalar_bits=32, K=5)
+    assert len(drawn_seeds(settings, 1, "0", 5, NONE)) == 6
+    model = Bowl()
+    layout = Layout.of(model)
+    state = algorithm.start(settings, layout)
+    directions, batches = Directions(layout, state.pool), iter("ab")
+    work = LocalWork(model, [model.w], lambda m, b: m(b), batches, directions, Perturbation(model, layout), "0", 9)
+    instruction = Instruction(1, b"f" * 16, layout.digest, b"d" * 16, 0, (), NONE)
+    sent = algorithm.local_update(work, settings, instruction)
+    assert (sent.steps, len(sent.scalars), sent.status) == (2, 6, Status.FINISHED)
+    assert list(batches) == []  # one batch a step, for all of its directions
+    w = torch.full((6,), 2.0)
+    for step, scale in enumerate((1.0, 3.0)):
+        ks = drawn_seeds(settings, 1, "0", 5, NONE)[3 * step : 3 * step + 3].tolist()
+        z = [torch.zeros(6) for _ in ks]
+        for k, row in zip(ks, z, strict=True):
+            directions.add([row], k, 1.0)
+        slopes = [2.0 * scale * float(w @ row) for row in z]  # of scale * w.w, all at the same w
+        np.testing.assert_allclose(sent.scalars[3 * step : 3 * step + 3], slopes, rtol=1e-2, atol=1e-2)
+        w = w - 0.5 / 3 * sum(g * row for g, row in zip(sent.scalars[3 * step :].tolist(), z, strict=False))
+    torch.testing.assert_close(model.w.detach(), w)
+    moved = algorithm.aggregate(state, {"0": sent}, settings, layout)
+    rebuilt = [torch.full((6,), 2.0)]
+    directions.combine(rebuilt, rebuilt, moved.values.astype(np.float32))
+    torch.testing.assert_close(rebuilt[0], w)
+
+
+class Bowl(torch.nn.Module):
+    """scale * w.w, steeper on batch "b"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.full((6,), 2.0))
+
+    def forward(self, batch: str) -> torch.Tensor:
+        return (3.0 if batch == "b" else 1.0) * (self.w * self.w).sum()
+
+
+@pytest.mark.parametrize("broken", [2, 3])  # the second slope of the first step, the first of the second
+def test_a_step_with_a_slope_that_is_not_finite_is_not_counted(broken: int) -> None:
+    algorithm, settings = ALGORITHMS["fedkseed"], config(directions_per_step=2, local_steps=3)
+    model = Bowl()
+    layout = Layout.of(model)
+    directions = Directions(layout, algorithm.start(settings, layout).pool)
+    calls = iter(range(100))
+
+    def loss(m: torch.nn.Module, batch: str) -> torch.Tensor:
+        return m(batch) * (float("inf") if next(calls) >= 2 * (broken - 1) else 1.0)
+
+    work = LocalWork(model, [model.w], loss, iter("abc"), directions, Perturbation(model, layout), "0", 9)
+    sent = algorithm.local_update(work, settings, Instruction(1, b"f" * 16, layout.digest, b"d" * 16, 0, (), NONE))
+    steps = (broken - 1) // 2
+    assert (sent.status, sent.steps, len(sent.scalars)) == (Status.NOT_FINITE, steps, 2 * steps)
 
 
 def test_two_identical_clients_move_the_model_as_far_as_one() -> None:

@@ -127,7 +127,7 @@ def test_the_two_point_estimate_is_unbiased_over_pools(family: str) -> None:
         one = LocalWork(model, [], of_quadratic, iter([None]), directions, perturbation, "0", 1)
         z = [torch.zeros(entry.shape) for entry in layout.entries]
         directions.add(z, seed % 4, 1.0)
-        total += two_point(one, seed % 4, 0.0625)[0] * flat(z)
+        total += two_point(one, [seed % 4], 0.0625)[0][0] * flat(z)
     mean = total / count
     slope = float(mean @ gradient / (gradient @ gradient))
     assert slope == pytest.approx(1.0, abs=4 * math.sqrt(2 / count))
@@ -155,7 +155,7 @@ def test_a_scalar_gradient_is_the_slope_along_its_direction(family: str, tiny_lm
         z = [torch.zeros(entry.shape) for entry in layout.entries]
         directions.add(z, seed % 8, 1.0)
         along = float(gradient @ flat(z))
-        measured = two_point(one, seed % 8, 1e-3)[0]
+        measured = two_point(one, [seed % 8], 1e-3)[0][0]
         assert measured == pytest.approx(along, abs=0.01 * size)
         slopes.append(measured * along / size**2)
     assert np.mean(slopes) == pytest.approx(1.0, abs=4 * math.sqrt(2 / 24))
