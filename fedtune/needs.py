@@ -26,11 +26,10 @@ NO_FINGERPRINT = bytes(16)  # as long as any
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the training device.
+    """Bytes in memory; the base model is not among them, since it is mapped from disk and read tensor by tensor.
 
     Attributes:
         weights: the live weights.
-        base: the copy of the base model that every rebuild starts from.
         scratch: perturbed weights, of the largest module or of a small model as a whole (FedKSeed).
         logits: float32 logits of the longest batch, the largest tensor of a forward pass.
         gradients: one for each weight (Ferret).
@@ -40,7 +39,6 @@ class Memory:
     """
 
     weights: int
-    base: int
     scratch: int
     logits: int
     gradients: int
@@ -50,13 +48,13 @@ class Memory:
 
     @property
     def zeroth_order(self) -> int:
-        """Peak of a FedKSeed client: inference, the scratch and the base."""
-        return self.weights + self.base + self.scratch + 2 * self.logits
+        """Peak of a FedKSeed client: inference and the scratch."""
+        return self.weights + self.scratch + 2 * self.logits
 
     @property
     def first_order(self) -> int:
         """Peak of a Ferret client: in the backward pass, or in the projection that follows the steps."""
-        return self.weights + self.base + self.start + max(self.gradients + self.saved + self.logits, self.difference)
+        return self.weights + self.start + max(self.gradients + self.saved + self.logits, self.difference)
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,6 @@ def _memory(model: torch.nn.Module, layout: Layout, perturbation: Perturbation, 
     logits, saved = _activations(model, longest)
     return Memory(
         weights=weights,
-        base=weights,
         scratch=perturbation.scratch_bytes,
         logits=logits,
         gradients=weights,

@@ -85,11 +85,7 @@ def _memory_rows(found: Needs, config: RunConfig) -> list[TableRow]:
     mine, other = (memory.first_order, memory.zeroth_order) if first_order else (memory.zeroth_order, memory.first_order)
     rows = [
         ("parameters", f"{found.parameters:,}", ""),
-        (
-            "memory, weights and base",
-            in_bytes(memory.weights + memory.base),
-            "the live model, and the one that rebuilds start from",
-        ),
+        ("memory, weights", in_bytes(memory.weights), "the base model is mapped from disk"),
     ]
     if first_order:
         rows.append(("memory, gradients", in_bytes(memory.gradients), f"and {in_bytes(memory.saved)} of activations"))
