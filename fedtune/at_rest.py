@@ -105,10 +105,7 @@ class AtRest:
             tensors[index] = rest.tensors[number]
         for index, (tensor, _) in found.items():
             tensors[index] = tensor
-        stored = cls(tensors, places)
-        for index in found:
-            stored.release(index)
-        return stored
+        return cls(tensors, places)
 
     @classmethod
     def blank(cls, kinds: Sequence[tuple[tuple[int, ...], torch.dtype]], in_memory: int = IN_MEMORY) -> AtRest:
@@ -172,6 +169,8 @@ def _in_folder(named: Sequence[tuple[str, Parameter]], folder: Path) -> dict[int
                 tensor = _mapped(place, shape, dtype)
                 if _same_bits(tensor, parameter):
                     found[index] = (tensor, place)
+                if place.length >= RELEASE:
+                    mapped.release(place.start, place.length)
     return found
 
 

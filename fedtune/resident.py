@@ -80,6 +80,7 @@ class Resident:
             perturbation=replica.perturbation,
             client=client,
             examples=len(samples),
+            start=replica.start,
         )
 
 

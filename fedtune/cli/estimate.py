@@ -89,6 +89,8 @@ def _memory_rows(found: Needs, config: RunConfig) -> list[TableRow]:
     ]
     if first_order:
         rows.append(("memory, gradients", in_bytes(memory.gradients), f"and {in_bytes(memory.saved)} of activations"))
+        if memory.optimizer:
+            rows.append(("memory, optimizer", in_bytes(memory.optimizer), f"{config.optimizer}, float32"))
     else:
         rows.append(("memory, scratch", in_bytes(memory.scratch), "one module's perturbed weights"))
     peak = f"a {'zeroth' if first_order else 'first'}-order client would need {in_bytes(other)}"
