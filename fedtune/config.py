@@ -102,8 +102,20 @@ class RunConfig(BaseModel):
     server_lr: float = Field(1.0, gt=0, description="step of the server along the reconstructed update (1: as measured)")
     anneal: Literal["none", "linear", "cosine"] = Field("none", description="schedule of server_lr over the rounds")
     momentum: float = Field(0.0, ge=0, lt=1, description="ferret: server momentum on the coordinates (fixed pool only)")
-    accumulate: int = Field(1, ge=1, description="ferret: micro-batches per step (n_accum)")
-    clip_norm: float = Field(0.0, ge=0, description="ferret: gradient norm above which a local step is scaled down; 0: off")
+    optimizer: Literal["sgd", "momentum", "adamw"] = Field(
+        "sgd",
+        description="ferret: rule of the local steps (the paper uses sgd); momentum and adamw keep one or two float32 copies "
+        "of the weights in memory and start afresh every round; adamw: betas 0.9 and 0.999, no weight decay",
+    )
+    local_momentum: float = Field(0.9, ge=0, lt=1, description="ferret: momentum of optimizer momentum")
+    accumulate: int = Field(
+        1, ge=1, description="ferret: micro-batches per step (n_accum); above 1 all gradients are in memory"
+    )
+    clip_norm: float = Field(
+        0.0,
+        ge=0,
+        description="ferret: gradient norm above which a local step is scaled down; 0: off (else all gradients are in memory)",
+    )
     pool_size: int = Field(0, ge=0, le=65536, description="ferret: most coordinates one block can get; 0: chosen from K")
     blocks: Literal["auto", "one", "grouped", "tensor"] = Field(
         "auto", description="parameters that share coefficients: auto is one for fedkseed and grouped for ferret"
@@ -216,6 +228,17 @@ class RunConfig(BaseModel):
             )
         if self.holdout_category and self.holdout_file:
             raise ContradictionError("holdout_category and holdout_file exclude each other: keep one of them.")
+        if self.optimizer != "sgd" and self.algorithm != "ferret":
+            raise ContradictionError(
+                f"optimizer = {self.optimizer} needs gradients, which {self.algorithm} does not have: "
+                "remove it, or use algorithm = ferret.",
+                optimizer=self.optimizer,
+            )
+        if self.local_momentum != 0.9 and self.optimizer != "momentum":
+            raise ContradictionError(
+                f"local_momentum belongs to optimizer = momentum, not to {self.optimizer}: remove it.",
+                local_momentum=self.local_momentum,
+            )
         self._refuse_foreign()
         if self.algorithm == "ferret":
             if self.momentum and self.pool_every:

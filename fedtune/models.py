@@ -37,7 +37,8 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 class LanguageModel:
     """A model ready to be tuned, in evaluation mode (no dropout), with its tokenizer.
 
-    `notes` are one-line choices with their reasons; `source` is the folder or hub name the weights came from.
+    `notes` are one-line choices with their reasons; `source` is the folder or hub name the weights came from, and `folder`
+    the local folder with their files (None: they came from no file).
     """
 
     model: torch.nn.Module
@@ -45,6 +46,7 @@ class LanguageModel:
     device: torch.device
     notes: tuple[str, ...]
     source: str
+    folder: Path | None = None
 
 
 def load_model(config: RunConfig) -> LanguageModel:
@@ -70,7 +72,7 @@ def load_model(config: RunConfig) -> LanguageModel:
     padding_note = _ensure_padding(tokenizer, model.get_input_embeddings().weight.shape[0], source)
     check_positions(model_config, config.max_length, source)
     notes = (f"model: {source} ({parameters:,} parameters, {config.dtype})", device_note, thread_note, padding_note, load_note)
-    return LanguageModel(model, tokenizer, device, tuple(note for note in notes if note), source)
+    return LanguageModel(model, tokenizer, device, tuple(note for note in notes if note), source, folder)
 
 
 def load_tokenizer(config: RunConfig) -> Any:

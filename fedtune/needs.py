@@ -26,37 +26,35 @@ NO_FINGERPRINT = bytes(16)  # as long as any
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the training device.
+    """Bytes in memory; the base model is not among them, since it is mapped from disk and read tensor by tensor.
 
     Attributes:
         weights: the live weights.
-        base: the copy of the base model that every rebuild starts from.
         scratch: perturbed weights, of the largest module or of a small model as a whole (FedKSeed).
         logits: float32 logits of the longest batch, the largest tensor of a forward pass.
-        gradients: one for each weight (Ferret).
-        start: the weights that the local steps started from (Ferret).
+        gradients: the largest one, or one for each weight with `accumulate` or `clip_norm` (Ferret).
+        optimizer: state of momentum or adamw, float32 (Ferret).
         saved: activations that the backward pass over the longest batch needs, logits included (Ferret).
-        difference: float32 update that is projected when the steps are done (Ferret).
+        difference: the largest tensor's start and its update in float32, projected when the steps are done (Ferret).
     """
 
     weights: int
-    base: int
     scratch: int
     logits: int
     gradients: int
-    start: int
+    optimizer: int
     saved: int
     difference: int
 
     @property
     def zeroth_order(self) -> int:
-        """Peak of a FedKSeed client: inference, the scratch and the base."""
-        return self.weights + self.base + self.scratch + 2 * self.logits
+        """Peak of a FedKSeed client: inference and the scratch."""
+        return self.weights + self.scratch + 2 * self.logits
 
     @property
     def first_order(self) -> int:
         """Peak of a Ferret client: in the backward pass, or in the projection that follows the steps."""
-        return self.weights + self.base + self.start + max(self.gradients + self.saved + self.logits, self.difference)
+        return self.weights + max(self.optimizer + self.gradients + self.saved + self.logits, self.difference)
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def needs(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbatio
     client_rounds = config.rounds * config.asked_per_round
     return Needs(
         parameters=layout.numel,
-        memory=_memory(model, layout, perturbation, longest),
+        memory=_memory(config, model, layout, perturbation, longest),
         up=_up(config, algorithm, layout),
         down=_down(config, algorithm, layout, state),
         client_rounds=client_rounds,
@@ -148,18 +146,22 @@ def _up(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def _memory(model: torch.nn.Module, layout: Layout, perturbation: Perturbation, longest: Batch) -> Memory:
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
+STATES = {"sgd": 0, "momentum": 1, "adamw": 2}  # float32 numbers that an optimiser keeps for each weight
+
+
+def _memory(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbation: Perturbation, longest: Batch) -> Memory:
+    sizes = [weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad]
+    together = config.accumulate > 1 or config.clip_norm > 0
+    weights = sum(sizes)
     logits, saved = _activations(model, longest)
     return Memory(
         weights=weights,
-        base=weights,
         scratch=perturbation.scratch_bytes,
         logits=logits,
-        gradients=weights,
-        start=weights,
+        gradients=weights if together else max(sizes),
+        optimizer=STATES[config.optimizer] * FLOAT32 * layout.numel,
         saved=saved,
-        difference=FLOAT32 * layout.numel,
+        difference=2 * FLOAT32 * max(entry.numel for entry in layout.entries),
     )
 
 

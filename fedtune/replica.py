@@ -2,45 +2,66 @@
 
 A replica owns the trainable tensors of one loaded model. `become` brings them to a state; local training may then write
 them, and the next `become` starts from the base again, so no error of training or of 16-bit arithmetic is ever kept.
-Pools that are finished are folded, one after another, into an anchor; the open pool is added on top.
+
+Only the live weights are in memory. The base is at rest (`at_rest`), mapped from the model's own files where it can be,
+and read tensor by tensor. Pools that are finished are added in the same pass as long as they are FEW; more of them are
+folded once, in float32, into an anchor, which is at rest too. A family that is slow to combine also leaves a copy of the
+start at rest, for the next client.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
+from fedtune.at_rest import IN_MEMORY, AtRest
 from fedtune.coefficients import Coefficients, PoolCoefficients
-from fedtune.directions import Directions, Pool
+from fedtune.directions import Combination, Directions, Pool
+from fedtune.directions.base import F32
 from fedtune.errors import MismatchError
 from fedtune.layout import Layout, fingerprint, trainable
 from fedtune.perturb import Perturbation
+
+FEW = 8
+"""Finished pools that are added again at every rebuild: each costs about three copies of the weights (hadamard)."""
 
 
 class Replica:
     """One resident model that can become any state of a run.
 
     Args:
-        model: freshly loaded; its trainable weights are the base w0 (kept as one copy beside the live weights).
+        model: freshly loaded; its trainable weights are the base w0.
         layout: of its trainable tensors, with the algorithm's blocks.
+        folder: that the model was loaded from, whose files must not change as long as the replica lives; None: the base
+            is copied.
+        in_memory: bytes up to which what is not in the folder is kept in memory and not in a private file.
+
+    Raises:
+        ModelError: (also from `become`) the cache folder has no room, or a file of the model folder was changed.
     """
 
-    def __init__(self, model: torch.nn.Module, layout: Layout) -> None:
+    def __init__(self, model: torch.nn.Module, layout: Layout, folder: Path | None = None, in_memory: int = IN_MEMORY) -> None:
         self.model, self.layout = model, layout
-        self.weights = [parameter for _, parameter in trainable(model)]
+        named = trainable(model)
+        self.weights = [parameter for _, parameter in named]
         self.fingerprint = fingerprint(model)
         self.perturbation = Perturbation(model, layout)
-        self._base = [weight.detach().clone() for weight in self.weights]
-        self._anchor = self._base
+        self._in_memory = in_memory
+        self._base = AtRest.copy_of(named, folder, in_memory)
+        self._anchor: AtRest | None = None
         self._folded: tuple[bytes, ...] = ()
-        self._open: PoolCoefficients | None = None
-        self._start: list[torch.Tensor] | None = None
+        self._kept: AtRest | None = None
+        self._kept_is: tuple[bytes, ...] | None = None
+        self._source, self._steps = self._base, tuple[PoolCoefficients, ...]()
         self._holds: bytes | None = Coefficients(()).digest(self.fingerprint)
         self._directions: dict[Pool, Directions] = {}
 
     def directions(self, pool: Pool) -> Directions:
-        """The directions of `pool` over this model (kernels prepared once; the two newest pools are kept)."""
+        """The directions of `pool` over this model (kernels prepared once; the newest pools are kept)."""
         if pool not in self._directions:
-            while len(self._directions) > 1:
+            while len(self._directions) > FEW:
                 self._directions.pop(next(iter(self._directions)))
             self._directions[pool] = Directions(self.layout, pool)
         return self._directions[pool]
@@ -69,41 +90,83 @@ class Replica:
             )
         if digest == self._holds:
             return digest
-        closed, newest = coefficients.pools[:-1], coefficients.pools[-1:]
-        self._fold(closed)
-        self._add_open(newest[0] if newest else None)
+        self._base.check()
+        self._holds = None
+        self._source, self._steps = self._plan(coefficients.pools[:-1], coefficients.pools[-1:])
+        self._add(self._steps, self._source, [weight.data for weight in self.weights])
+        if any(not self.directions(pool.pool).family.fast_combine for pool in self._steps):
+            self._keep(coefficients)
         self._holds = digest
         return digest
 
-    def _fold(self, closed: tuple[PoolCoefficients, ...]) -> None:
-        """Make the anchor w0 plus all closed pools, in float32 sums, going on from the pools that it already has."""
-        wanted = tuple(pool.identity for pool in closed)
-        if wanted == self._folded:
-            return
-        self._start = None
-        if wanted[: len(self._folded)] != self._folded:
-            self._anchor, self._folded = self._base, ()
-        for pool in closed[len(self._folded) :]:
-            if self._anchor is self._base:
-                self._anchor = [tensor.float().clone() for tensor in self._base]
-            self.directions(pool.pool).combine(self._anchor, self._anchor, pool.values)
+    @torch.no_grad()
+    def start(self, index: int) -> torch.Tensor:
+        """Tensor `index` as the last `become` wrote it, in a tensor of its own: rebuilt, the same bits."""
+        out = torch.empty_like(self.weights[index].data)
+        Combination(self._pairs(self._steps)).write(index, self._source.tensors[index], out)
+        self._source.release(index)
+        return out
+
+    def _plan(
+        self, closed: tuple[PoolCoefficients, ...], newest: tuple[PoolCoefficients, ...]
+    ) -> tuple[AtRest, tuple[PoolCoefficients, ...]]:
+        """What to start from, and the pools to add to it."""
+        pending = () if not newest or newest[0].is_zero else newest
+        if self._kept is not None and pending and self._kept_is == _identities((*closed, *pending)):
+            return self._kept, ()
+        slow = any(not self.directions(pool.pool).family.fast_combine for pool in closed)
+        if not closed or (len(closed) <= FEW and not slow):
+            return self._base, (*closed, *pending)
+        return self._fold(closed), pending
+
+    def _fold(self, closed: tuple[PoolCoefficients, ...]) -> AtRest:
+        """The anchor: w0 plus all closed pools, in float32 sums, going on from the pools that it already has."""
+        wanted = _identities(closed)
+        source = self._anchor
+        if source is None or not self._folded or wanted[: len(self._folded)] != self._folded:
+            source, self._folded = self._base, ()
+        new = closed[len(self._folded) :]
+        if self._anchor is None:
+            self._anchor = AtRest.blank([(entry.shape, torch.float32) for entry in self.layout.entries], self._in_memory)
+        if new:
+            self._folded = ()  # until it is done, an interrupted fold starts again from the base
+            self._add(new, source, self._anchor.tensors, self._anchor)
         self._folded = wanted
+        return self._anchor
 
-    def _add_open(self, pool: PoolCoefficients | None) -> None:
-        """Write round(anchor + C.z) into the live weights; where that is slow, keep a copy for the next client."""
-        targets = [weight.data for weight in self.weights]
-        if pool is None or pool.is_zero:
-            _copy(self._anchor, targets)
-            self._start = None
-        elif self._start is not None and self._open is not None and self._open.identity == pool.identity:
-            _copy(self._start, targets)
-        else:
-            directions = self.directions(pool.pool)
-            directions.combine(self._anchor, targets, pool.values)
-            self._start = None if directions.family.fast_combine else [target.clone() for target in targets]
-        self._open = pool
+    def _keep(self, coefficients: Coefficients) -> None:
+        """Keep the live weights at rest, to start from next time."""
+        if self._kept is None:
+            self._kept = AtRest.blank([(tuple(weight.shape), weight.dtype) for weight in self.weights], self._in_memory)
+        self._kept_is = None
+        self._add((), None, self._kept.tensors, self._kept)
+        self._kept_is = _identities(coefficients.pools)
+        self._source, self._steps = self._kept, ()
+
+    def _add(
+        self,
+        pools: tuple[PoolCoefficients, ...],
+        source: AtRest | None,
+        targets: Sequence[torch.Tensor],
+        target: AtRest | None = None,
+    ) -> None:
+        """targets = source (None: the live weights) plus the pools, in order, rounded to the dtype of the target once."""
+        origin = [weight.data for weight in self.weights] if source is None else source.tensors
+        if any(self.directions(pool.pool).family.whole for pool in pools):
+            for pool in pools:  # targets of more than one are float32, the anchor
+                self.directions(pool.pool).combine(origin, targets, pool.values)
+                origin = list(targets)
+            return
+        combination = Combination(self._pairs(pools))
+        for index, tensor in enumerate(targets):
+            combination.write(index, origin[index], tensor)
+            for stored in (source, target):
+                if stored is not None:
+                    stored.release(index)
+
+    def _pairs(self, pools: Sequence[PoolCoefficients]) -> list[tuple[Directions, F32]]:
+        return [(self.directions(pool.pool), pool.values) for pool in pools]
 
 
-def _copy(source: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    for before, target in zip(source, targets, strict=True):
-        target.copy_(before)
+def _identities(pools: Sequence[PoolCoefficients]) -> tuple[bytes, ...]:
+    return tuple(pool.identity for pool in pools)

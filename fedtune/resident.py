@@ -59,7 +59,8 @@ class Resident:
     @cached_property
     def replica(self) -> Replica:
         model = self.language_model.model
-        return Replica(model, Layout.of(model, self.algorithm.block_rule(self.config)))
+        layout = Layout.of(model, self.algorithm.block_rule(self.config))
+        return Replica(model, layout, self.language_model.folder)
 
     @cached_property
     def data(self) -> FederatedData:
@@ -79,6 +80,7 @@ class Resident:
             perturbation=replica.perturbation,
             client=client,
             examples=len(samples),
+            start=replica.start,
         )
 
 

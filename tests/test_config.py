@@ -26,6 +26,8 @@ PRESETS = sorted(Path("simulations").rglob("*.toml"))
         ({"clients": 3, "clients_per_round": 4}, ContradictionError, "there are only 3 clients"),
         ({"holdout_category": "a", "holdout_file": "b"}, ContradictionError, "exclude each other"),
         ({"algorithm": "ferret", "momentum": 0.9, "pool_every": 1}, ContradictionError, "needs one pool"),
+        ({"optimizer": "adamw"}, ContradictionError, "optimizer = adamw needs gradients, which fedkseed does not have"),
+        ({"algorithm": "ferret", "local_momentum": 0.5}, ContradictionError, "belongs to optimizer = momentum, not to sgd"),
         ({"momentum": 0.9}, ContradictionError, "momentum belongs to ferret"),
         ({"server_lr": 3.0}, ContradictionError, "by definition"),
         ({"clip_norm": 1.0}, ContradictionError, "clip_norm belongs to ferret, not to fedkseed: remove it"),

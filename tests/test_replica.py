@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
-from fedtune.directions import Pool
+from fedtune.directions import Combination, Pool
 from fedtune.directions.oracle import dense
 from fedtune.errors import MismatchError
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel
-from fedtune.replica import Replica
+from fedtune.replica import FEW, Replica
 
 FAMILIES = ("hadamard", "rademacher", "gaussian")
 
@@ -26,9 +28,14 @@ def bits(replica: Replica) -> list[bytes]:
     return [weight.detach().contiguous().view(torch.uint8).numpy().tobytes() for weight in replica.weights]
 
 
-@pytest.fixture
-def replica(tiny_lm: LanguageModel) -> Replica:
-    return Replica(tiny_lm.model, Layout.of(tiny_lm.model, "grouped"))
+@pytest.fixture(params=["memory", "files"])
+def replica(tiny_lm: LanguageModel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Replica:
+    """All of it in memory, or what is at rest in files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    layout = Layout.of(tiny_lm.model, "grouped")
+    if request.param == "memory":
+        return Replica(tiny_lm.model, layout)
+    return Replica(tiny_lm.model, layout, tiny_lm.folder, in_memory=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,6 +74,64 @@ def test_any_path_to_a_state_gives_the_same_bits(replica: Replica, family: str) 
     replica.touch()
     replica.become(Coefficients(tuple(chain)))
     assert bits(replica) == direct
+
+
+def summed(replica: Replica, base: list[torch.Tensor], chain: list[PoolCoefficients]) -> list[torch.Tensor]:
+    """The definition: w0 + pool 1 + pool 2 ..., pool after pool in float32, rounded to the dtype once."""
+    sums = [tensor.float().clone() for tensor in base]
+    for pool in chain:
+        replica.directions(pool.pool).combine(sums, sums, pool.values)
+    return [total.to(weight.dtype) for total, weight in zip(sums, replica.weights, strict=True)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_pools_are_added_one_after_another_in_float32(replica: Replica, family: str) -> None:
+    """Bit by bit, on both sides of FEW, growing and shrinking."""
+    base = [weight.detach().clone() for weight in replica.weights]
+    chain = pools(family, FEW + 3, replica.layout.blocks)
+    for stop in (1, FEW, FEW + 1, FEW + 2, FEW + 3, 2, FEW + 3):
+        replica.become(Coefficients(tuple(chain[:stop])))
+        expected = summed(replica, base, chain[:stop])
+        assert all(torch.equal(weight, total) for weight, total in zip(replica.weights, expected, strict=True)), stop
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("count", [0, 1, 3, FEW + 2])
+def test_the_start_is_rebuilt_bit_by_bit(replica: Replica, family: str, count: int) -> None:
+    """What Ferret measures its update against, after the weights have moved; also when the next client starts there."""
+    chain = Coefficients(tuple(pools(family, count, replica.layout.blocks)))
+    for _ in range(2):
+        replica.become(chain)
+        before = [weight.detach().clone() for weight in replica.weights]
+        replica.touch()
+        with torch.no_grad():
+            for weight in replica.weights:
+                weight.mul_(2.0)
+        assert all(torch.equal(replica.start(index), tensor) for index, tensor in enumerate(before))
+
+
+def test_a_fold_that_was_interrupted_starts_again(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An anchor to which a pool was added half is never used."""
+    chain = pools("hadamard", FEW + 3, replica.layout.blocks)
+    replica.become(Coefficients(tuple(chain)))
+    expected = bits(replica)
+    replica.become(Coefficients(tuple(chain[:-1])))
+    write, calls = Combination.write, 0
+
+    def interrupted(self: Combination, index: int, base: torch.Tensor, out: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        write(self, index, base, out)
+
+    longer = Coefficients((*chain, *pools("rademacher", 1, replica.layout.blocks)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Combination, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            replica.become(longer)
+    replica.become(Coefficients(tuple(chain)))
+    assert bits(replica) == expected
 
 
 def test_no_coefficients_are_the_base(replica: Replica) -> None:

@@ -58,6 +58,8 @@ class LocalWork:
         perturbation: runs the model at w + c z without writing w.
         client: stable id; names the client's random streams.
         examples: training samples that the client owns.
+        start: tensor `index` as it was when `local_update` started, computed when it is asked for (see `Replica.start`);
+            None: an algorithm that needs it copies the weights.
     """
 
     model: torch.nn.Module
@@ -68,6 +70,7 @@ class LocalWork:
     perturbation: Perturbation
     client: str
     examples: int
+    start: Callable[[int], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,16 @@ which is server_lr * 1/(3 K_l) * g z: a third of the update.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedtune.algorithms.base import Algorithm, LocalWork, State, shares
+from fedtune.algorithms.first_order import FirstOrder
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
 from fedtune.layout import BlockRule, Layout
@@ -35,35 +37,51 @@ from fedtune.wire import Instruction, Kind, Status, Update
 
 I64 = npt.NDArray[np.int64]
 LARGEST_COUNT = 65535  # counts travel as 16-bit numbers
+NORM_PIECE = 1 << 22  # elements whose squares are summed at once: 32 MiB of float64
 OFFICIAL_LEAST = 2  # coordinates of any block in the official code, also of one that did not move
 OFFICIAL_FLOOR = 1e-8  # the largest norm counts as at least this in the official code
 OFFICIAL_PIECE_NORM = 10.0  # a rank-one piece of the rebuild is scaled down to this norm in the official code
 
 
+class Change(Sequence[torch.Tensor]):
+    """delta = w_end - w_start in float32, computed tensor by tensor every time that it is asked for, and never kept."""
+
+    def __init__(self, weights: Sequence[torch.Tensor], start: Callable[[int], torch.Tensor]) -> None:
+        self.weights, self.start = weights, start
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @torch.no_grad()
+    def __getitem__(self, index: Any) -> Any:
+        if index >= len(self.weights):
+            raise IndexError(index)
+        return self.weights[index].detach().float() - self.start(index).float()
+
+
 def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -> Update:
-    """T steps of stochastic gradient descent, then the coordinates of  delta = w_end - w_start.
+    """T steps of `config.optimizer` (the paper: stochastic gradient descent), then the coordinates of w_end - w_start.
 
     A loss, gradient or weight that is not finite ends the work: the update is empty and says so.
     """
-    start = [weight.detach().clone() for weight in work.weights]
+    start = work.start or [weight.detach().clone() for weight in work.weights].__getitem__
     losses: list[float] = []
-    for step in range(config.local_steps):
-        check_stop()
-        loss = gradient_step(work, config)
-        if loss is None:
-            break
-        losses.append(loss)
-        emit(ClientStep(work.client, step + 1, config.local_steps, loss))
-    with torch.no_grad():
-        deltas = [weight.float() - before.float() for weight, before in zip(work.weights, start, strict=True)]
-    finite = len(losses) == config.local_steps and all(bool(delta.isfinite().all()) for delta in deltas)
-    if not finite:
-        deltas = [torch.zeros_like(delta) for delta in deltas]
-    counts, coordinates = project(work, deltas, config, instruction)
+    with FirstOrder(work, config) as steps:
+        for step in range(config.local_steps):
+            check_stop()
+            loss = steps.take()
+            if loss is None:
+                break
+            losses.append(loss)
+            emit(ClientStep(work.client, step + 1, config.local_steps, loss))
+    del steps  # with the optimiser's state
+    finished = len(losses) == config.local_steps
+    found = project(work, Change(work.weights, start), config, instruction) if finished else None
+    counts, coordinates = found or _nothing(work, config)
     return Update(
         round=instruction.round,
         digest=instruction.digest,
-        status=Status.FINISHED if finite else Status.NOT_FINITE,
+        status=Status.FINISHED if found else Status.NOT_FINITE,
         steps=len(losses),
         examples=work.examples,
         train_loss=float(np.mean(losses)) if losses else 0.0,
@@ -72,39 +90,33 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
     )
 
 
-def gradient_step(work: LocalWork, config: RunConfig) -> float | None:
-    """One step  w <- w - lr * mean gradient  over `accumulate` batches; its mean loss, or None if it is not finite."""
-    total = 0.0
-    for weight in work.weights:
-        weight.grad = None
-    for _ in range(config.accumulate):
-        loss = work.loss(work.model, next(work.batches)) / config.accumulate
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    gradients = [weight.grad for weight in work.weights if weight.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        return None
-    scale = min(1.0, config.clip_norm / norm) if config.clip_norm and norm else 1.0
-    with torch.no_grad():
-        for weight in work.weights:
-            if weight.grad is not None:
-                weight.add_(weight.grad, alpha=-config.lr * scale)
-                weight.grad = None
-    return total
+def project(
+    work: LocalWork, deltas: Sequence[torch.Tensor], config: RunConfig, instruction: Instruction
+) -> tuple[I64, F64] | None:
+    """int64 [L] counts K_l and float64 [sum K_l] coordinates of the local update, block by block, seeds ascending.
 
-
-def project(work: LocalWork, deltas: Sequence[torch.Tensor], config: RunConfig, instruction: Instruction) -> tuple[I64, F64]:
-    """int64 [L] counts K_l and float64 [sum K_l] coordinates of the local update, block by block, seeds ascending."""
+    `deltas` is walked twice. None: it is not finite.
+    """
     directions = work.directions
     layout, pool = directions.layout, directions.pool
     squares = np.zeros(layout.blocks)
     for entry, delta in zip(layout.entries, deltas, strict=True):
-        squares[entry.block] += float(delta.double().square().sum())
+        parts = torch.split(delta.reshape(-1), NORM_PIECE)
+        squares[entry.block] += math.fsum(float(part.double().square_().sum()) for part in parts)
+    if not np.isfinite(squares).all():
+        return None
     counts = allocate(np.sqrt(squares), np.array(layout.block_sizes), config.K, pool.size, config.allocation)
     wanted = chosen_seeds(config, instruction.round, work.client, counts, pool.size)
     table = directions.project(enumerate(deltas), wanted)
     return counts, table[wanted]
+
+
+def _nothing(work: LocalWork, config: RunConfig) -> tuple[I64, F64]:
+    """The counts and coordinates of an update that is zero."""
+    layout = work.directions.layout
+    sizes = np.array(layout.block_sizes)
+    counts = allocate(np.zeros(layout.blocks), sizes, config.K, work.directions.pool.size, config.allocation)
+    return counts, np.zeros(int(counts.sum()))
 
 
 def allocate(norms: F64, sizes: I64, total: int, pool_size: int, rule: str) -> I64:

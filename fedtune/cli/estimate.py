@@ -85,14 +85,12 @@ def _memory_rows(found: Needs, config: RunConfig) -> list[TableRow]:
     mine, other = (memory.first_order, memory.zeroth_order) if first_order else (memory.zeroth_order, memory.first_order)
     rows = [
         ("parameters", f"{found.parameters:,}", ""),
-        (
-            "memory, weights and base",
-            in_bytes(memory.weights + memory.base),
-            "the live model, and the one that rebuilds start from",
-        ),
+        ("memory, weights", in_bytes(memory.weights), "the base model is mapped from disk"),
     ]
     if first_order:
         rows.append(("memory, gradients", in_bytes(memory.gradients), f"and {in_bytes(memory.saved)} of activations"))
+        if memory.optimizer:
+            rows.append(("memory, optimizer", in_bytes(memory.optimizer), f"{config.optimizer}, float32"))
     else:
         rows.append(("memory, scratch", in_bytes(memory.scratch), "one module's perturbed weights"))
     peak = f"a {'zeroth' if first_order else 'first'}-order client would need {in_bytes(other)}"

@@ -68,22 +68,15 @@ class Directions:
 
         `coefficients` is float32 [L, K], finite.
         """
-        shape = (self.layout.blocks, self.pool.size)
-        if coefficients.shape != shape or coefficients.dtype != np.float32:
-            raise DirectionsError(
-                f"Coefficients must be float32 [blocks, K] = {list(shape)}, "
-                f"not {coefficients.dtype} {list(coefficients.shape)}."
-            )
-        if not np.isfinite(coefficients).all():
-            raise DirectionsError("Coefficients must be finite: a NaN or infinity would spread over the whole model.")
+        self._check_coefficients(coefficients)
         self._check_all(base)
         self._check_all(out)
         if self.family.whole:
             self._combine_seed_by_seed(base, out, coefficients)
             return
-        rows = np.ascontiguousarray(coefficients)
-        for index, entry in enumerate(self.layout.entries):
-            self._apply(index, base[index], out[index], partial(self._combine, rows[entry.block]))
+        combination = Combination([(self, coefficients)])
+        for index in range(len(self.layout.entries)):
+            combination.write(index, base[index], out[index])
 
     def project(self, deltas: Iterable[tuple[int, Tensor]], wanted: Bools | None = None) -> F64:
         """float64 [L, K]: sum over the tensors of block l of <z_k, delta>, zero where not `wanted` (bool [L, K]; None: all).
@@ -107,9 +100,6 @@ class Directions:
 
     def _add(self, k: int, c: float, out: F32, base: F32, p0: int) -> None:
         self.family.add(out, base, p0, k, c)
-
-    def _combine(self, coefficients: F32, out: F32, base: F32, p0: int) -> None:
-        self.family.combine(out, base, p0, coefficients)
 
     def _arrays(self, index: int, base: Tensor, out: Tensor) -> tuple[F32, F32]:
         """Flat numpy views of a small float32 pair. The last ones are kept: every forward pass asks for every tensor."""
@@ -176,6 +166,16 @@ class Directions:
     def _no_such_seed(self, k: int) -> DirectionsError:
         return DirectionsError(f"There is no seed number {k}: the pool has {self.pool.size} seeds, counted from 0.", k=k)
 
+    def _check_coefficients(self, coefficients: F32) -> None:
+        shape = (self.layout.blocks, self.pool.size)
+        if coefficients.shape != shape or coefficients.dtype != np.float32:
+            raise DirectionsError(
+                f"Coefficients must be float32 [blocks, K] = {list(shape)}, "
+                f"not {coefficients.dtype} {list(coefficients.shape)}."
+            )
+        if not np.isfinite(coefficients).all():
+            raise DirectionsError("Coefficients must be finite: a NaN or infinity would spread over the whole model.")
+
     def _check_all(self, tensors: Sequence[Tensor]) -> None:
         """Before anything is written, so that a refused call changes nothing."""
         if len(tensors) != len(self.layout.entries):
@@ -185,6 +185,37 @@ class Directions:
             )
         for entry, tensor in zip(self.layout.entries, tensors, strict=True):
             _check(entry, tensor)
+
+
+class Combination:
+    """Coefficients of several pools over one layout, to be added tensor by tensor, in one pass over each.
+
+    `steps` are pairs (directions, float32 [L, K]) in order; none of the families may be `whole`.
+    """
+
+    def __init__(self, steps: Sequence[tuple[Directions, F32]]) -> None:
+        for directions, coefficients in steps:
+            directions._check_coefficients(coefficients)
+        self._steps = [(directions, np.ascontiguousarray(coefficients)) for directions, coefficients in steps]
+
+    def write(self, index: int, base: Tensor, out: Tensor) -> None:
+        """out = round(float32(base) + sum_k C1[block, k] z1_k + ...) for tensor `index`; base may be out.
+
+        The sum of each pool comes first; the sums are added in order, in float32, and rounded to the dtype of `out` once.
+        """
+        if not self._steps:
+            out.copy_(base)
+            return
+        first = self._steps[0][0]
+        block = first.layout.entries[index].block
+        pools = [(directions, rows[block]) for directions, rows in self._steps]
+        first._apply(index, base, out, partial(_combine_pools, pools))
+
+
+def _combine_pools(pools: Sequence[tuple[Directions, F32]], out: F32, base: F32, p0: int) -> None:
+    for directions, coefficients in pools:
+        directions.family.combine(out, base, p0, coefficients)
+        base = out
 
 
 def _apply_piece(run: Run, piece: tuple[Tensor, Tensor, int]) -> None:

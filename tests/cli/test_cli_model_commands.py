@@ -13,6 +13,7 @@ from playback import Outcome, last_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune import estimate as estimate_module
+from fedtune.architecture import needs_of_architecture
 from fedtune.cli.data import marked
 from fedtune.config import RunConfig
 from fedtune.estimate import estimate_run
@@ -130,10 +131,25 @@ def test_memory_has_the_sizes_of_the_tensors(tiny_folder: Path, instructions: Pa
     memory = estimate_run(settings(tiny_folder, instructions, tmp_path)).memory
     lm = load_model(RunConfig(model=str(tiny_folder), device="cpu"))
     weights = sum(parameter.numel() for parameter in lm.model.parameters()) * 4
-    assert (memory.weights, memory.base, memory.gradients, memory.start) == (weights,) * 4
+    largest = max(parameter.numel() for parameter in lm.model.parameters()) * 4
+    assert (memory.weights, memory.gradients, memory.optimizer, memory.difference) == (weights, largest, 0, 2 * largest)
     assert memory.scratch == weights  # a model this small is perturbed as a whole
     assert memory.saved > memory.logits > 0
-    assert memory.first_order > memory.zeroth_order > 2 * weights
+    assert memory.zeroth_order > 2 * weights
+    assert memory.first_order == weights + largest + memory.saved + memory.logits
+
+
+@pytest.mark.parametrize(
+    ("changes", "gradients", "states"),
+    [({"clip_norm": 1.0}, 1, 0), ({"accumulate": 2, "optimizer": "momentum"}, 1, 1), ({"optimizer": "adamw"}, 0, 2)],
+)
+def test_memory_counts_what_a_first_order_step_keeps(
+    tiny_folder: Path, changes: dict[str, object], gradients: int, states: int
+) -> None:
+    config = RunConfig.from_mapping({"model": str(tiny_folder), "algorithm": "ferret", **changes})
+    memory = needs_of_architecture(config).memory
+    assert (memory.gradients == memory.weights) == bool(gradients)
+    assert memory.optimizer == states * memory.weights
 
 
 def test_estimate_on_the_screen_and_as_json(fedtune: Callable[..., Outcome], tiny_preset: Path) -> None:

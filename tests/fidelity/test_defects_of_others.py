@@ -86,8 +86,9 @@ import server.rounds
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS, LocalWork
 from fedtune.algorithms.fedkseed import drawn_seeds
-from fedtune.algorithms.ferret import gradient_step, project
 from fedtune.algorithms.ferret import local_update as ferret_update
+from fedtune.algorithms.ferret import project
+from fedtune.algorithms.first_order import FirstOrder
 from fedtune.cli.main import app
 from fedtune.cli.presets import parse_setting
 from fedtune.cli.settings import grouped
@@ -470,7 +471,8 @@ def one_gradient_step(accumulate: int, size: int, **changes: object) -> Tensor:
     replica = tiny_replica(torch.float32)
     before = flat(replica.weights)
     work = local_work(replica, Pool("hadamard", 1, 16), batches(size))
-    loss = gradient_step(work, RunConfig(algorithm="ferret", accumulate=accumulate, lr=0.1, **changes))
+    with FirstOrder(work, RunConfig(algorithm="ferret", accumulate=accumulate, lr=0.1, **changes)) as steps:
+        loss = steps.take()
     assert loss is not None
     return flat(replica.weights) - before
 

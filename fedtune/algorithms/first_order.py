@@ -1,0 +1,134 @@
+"""A client's first-order steps: the optimiser works inside the backward pass, so that gradients do not pile up.
+
+As soon as the gradient of a tensor is complete, that tensor is updated and the gradient is freed: besides activations a
+step needs the largest gradient and not all of them. Two settings need all gradients of a step at once, a copy of the
+weights in size: `clip_norm` (the norm is that of all) and `accumulate` above 1 (gradients are summed over batches).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fedtune.algorithms.base import LocalWork
+from fedtune.config import RunConfig
+
+BETAS = (0.9, 0.999)  # AdamW's, its usual ones
+EPSILON = 1e-8  # AdamW's
+
+
+class Optimizer:
+    """`config.optimizer` without weight decay; its state is float32, begins at zero and is dropped with it.
+
+    sgd:       w <- w - lr g
+    momentum:  b <- local_momentum b + g,  w <- w - lr b
+    adamw:     m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2,  w <- w - lr m' / (sqrt(v') + 1e-8), m', v' without bias
+
+    momentum and adamw do what torch.optim.SGD and AdamW do (adamw with weight_decay 0).
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.rule, self.lr, self.momentum = config.optimizer, config.lr, config.local_momentum
+        self._state: dict[int, tuple[Tensor, ...]] = {}
+        self._steps: dict[int, int] = {}
+
+    @torch.no_grad()
+    def step(self, index: int, weight: Parameter, gradient: Tensor, scale: float = 1.0) -> None:
+        """Move `weight`, tensor `index` of the model, once, with `scale` times `gradient`; rounded to its dtype once."""
+        if self.rule == "sgd":
+            weight.add_(gradient, alpha=-self.lr * scale)
+            return
+        wide = weight.detach().float()  # the weight itself if it is float32
+        if self.rule == "momentum":
+            (velocity,) = self._zeros(index, weight, 1)
+            velocity.mul_(self.momentum).add_(gradient, alpha=scale)
+            wide.add_(velocity, alpha=-self.lr)
+        else:
+            self._adamw(index, wide, gradient.float() * scale if scale != 1.0 else gradient.float())
+        if weight.dtype != torch.float32:
+            weight.copy_(wide)
+
+    def _adamw(self, index: int, wide: Tensor, gradient: Tensor) -> None:
+        mean, square = self._zeros(index, wide, 2)
+        count = self._steps[index] = self._steps.get(index, 0) + 1
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        denominator = square.sqrt().div_(math.sqrt(1 - BETAS[1] ** count)).add_(EPSILON)
+        wide.addcdiv_(mean, denominator, value=-self.lr / (1 - BETAS[0] ** count))
+
+    def _zeros(self, index: int, weight: Tensor, count: int) -> tuple[Tensor, ...]:
+        if index not in self._state:
+            self._state[index] = tuple(torch.zeros_like(weight, dtype=torch.float32) for _ in range(count))
+        return self._state[index]
+
+
+class FirstOrder:
+    """Takes the steps of a client on its own weights; hooks are there only inside the `with` block.
+
+    >>> with FirstOrder(work, config) as steps:  # doctest: +SKIP
+    ...     loss = steps.take()
+    """
+
+    def __init__(self, work: LocalWork, config: RunConfig) -> None:
+        self.work, self.config = work, config
+        self.optimizer = Optimizer(config)
+        self.at_once = config.accumulate == 1 and not config.clip_norm
+        self._finite = True
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for index, weight in enumerate(self.work.weights):
+            weight.grad = None
+            if self.at_once:
+                arrived = partial(self._arrived, index)
+                self._handles.append(weight.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for weight in self.work.weights:
+            weight.grad = None
+
+    def take(self) -> float | None:
+        """One step over `accumulate` batches: its mean loss, or None if a loss or gradient is not finite.
+
+        A loss that is not finite leaves the weights as they were; so does a gradient, except that with `at_once` the
+        tensors before it in the backward pass have moved. Do not go on after None.
+        """
+        total = 0.0
+        for _ in range(self.config.accumulate):
+            loss = self.work.loss(self.work.model, next(self.work.batches)) / self.config.accumulate
+            total += float(loss.detach())
+            if not math.isfinite(total):
+                return None
+            loss.backward()  # type: ignore[no-untyped-call]
+        if not self.at_once:
+            self._apply_all()
+        return total if self._finite else None
+
+    def _arrived(self, index: int, weight: Parameter) -> None:
+        """Called in the backward pass when the gradient of a tensor, tied uses included, is complete."""
+        gradient, weight.grad = weight.grad, None
+        if gradient is not None and self._finite:
+            self._finite = math.isfinite(float(torch.linalg.vector_norm(gradient, dtype=torch.float32)))
+            if self._finite:
+                self.optimizer.step(index, weight, gradient)
+
+    def _apply_all(self) -> None:
+        gradients = [weight.grad for weight in self.work.weights if weight.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._finite = math.isfinite(norm)
+        if not self._finite:
+            return
+        scale = min(1.0, self.config.clip_norm / norm) if self.config.clip_norm and norm else 1.0
+        for index, weight in enumerate(self.work.weights):
+            if weight.grad is not None:
+                self.optimizer.step(index, weight, weight.grad, scale)
+                weight.grad = None
