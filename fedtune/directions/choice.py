@@ -59,7 +59,7 @@ def make_backend(name: str, family: Family) -> Backend:
     return TritonBackend(family.pool)
 
 
-def _missing_for_triton(device: torch.device, family: str) -> str | None:
+def _missing_for_triton(device: torch.device, family: str) -> str | None:  # noqa: PLR0911 - one reason each
     """What keeps Triton from working on `device`; None if nothing does."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"there are no kernels for {'ROCm' if device.type == 'cuda' else device.type}"
