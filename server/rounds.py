@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from fedtune import wire
 from fedtune.config import RunConfig
+from fedtune.directions.choice import kernels_note
 from fedtune.errors import DivergedError, RunError
 from fedtune.evaluation import Evaluation, Generation, evaluate, generate
 from fedtune.progress import Note, RoundFinished, RunFinished, RunStarted, check_stop, emit
@@ -82,6 +83,7 @@ class Run:
             emit(Note(note))
         if config.dtype != "float32":
             emit(Note(f"{config.dtype} weights: {_SIXTEEN_BIT}", warning=True))
+        emit(Note(kernels_note(here.language_model.device, config.family)))
         self.folder.write_json("partition.json", here.data.partition.as_json())
         self.strategy.summary()
         parameters = here.replica.layout.numel

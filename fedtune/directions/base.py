@@ -3,9 +3,9 @@
 A family maps (pool seed, k, position) to a value z_k[p], and to nothing else: not device, dtype, chunk or thread count.
 E[z z^T] = I over pool seeds. Positions come from `fedtune.layout`: element i of a tensor is at `entry.origin + i`.
 
-A family works on contiguous 1-D float32 numpy arrays, a run of positions p0 .. p0+m-1 at a time; `engine.py` cuts
-tensors of any dtype, device and layout into such runs. `cpu/` holds the kernels; those for another device are a sibling
-of that folder and give the same values.
+A family works on contiguous 1-D float32 numpy arrays, a run of positions p0 .. p0+m-1 at a time; `host.py` cuts
+tensors of any dtype, device and layout into such runs. `cpu/` holds the kernels; `gpu/` those for CUDA, which give the
+same values and are chosen by `choice.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fedtune.layout import Layout
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 MAX_POOL = 65536
 
 
@@ -78,7 +79,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def project(self, sums: F64, delta: F32, p0: int, wanted: npt.NDArray[np.bool_] | None) -> None:
+    def project(self, sums: F64, delta: F32, p0: int, wanted: Bools | None) -> None:
         """sums[k] += sum_i delta[i] * z_k[p0 + i] for every k that is `wanted` (bool [K]; None: all); sums is float64 [K].
 
         The order of summation is fixed by p0 and len(delta), never by the number of threads.

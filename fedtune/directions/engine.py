@@ -1,32 +1,21 @@
-"""Directions over the tensors of a model: cuts tensors of any dtype, device and memory layout into runs for a family.
-
-float32 CPU tensors are worked on in place. All others (16-bit weights, strided views, other devices) go through a small
-float32 scratch, chunk by chunk, and are rounded to their own type once. Pieces and chunks start at multiples of the
-largest tile and depend on the tensor's size alone, so threads, dtype and device change no value.
-"""
+"""Directions over the tensors of a model: checks them, and hands each to the kernels of its device (`choice.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedtune.directions.base import F32, F64, Pool, make_family
-from fedtune.directions.threads import ordered_map
+from fedtune.directions.backends import Backend
+from fedtune.directions.base import F32, F64, Bools, Pool, make_family
+from fedtune.directions.choice import choose_kernels, make_backend
+from fedtune.directions.host import PIECE, as_array, is_direct
 from fedtune.errors import DirectionsError
-from fedtune.layout import ALIGN, Entry, Layout
+from fedtune.layout import Entry, Layout
 
-CHUNK = ALIGN  # elements of the float32 scratch: 256 KB, which fits a core's second-level cache
-PIECE = 4 * ALIGN  # elements below which a second thread costs more than it saves
-MOST_PIECES = 64  # bounds the memory of the partial sums of a projection
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-Run = Callable[[F32, F32, int], None]  # (out, base, p0): one contiguous run of a family's add or combine
-Bools = npt.NDArray[np.bool_]
 
 
 class Directions:
@@ -35,13 +24,21 @@ class Directions:
     All arithmetic is float32 whatever the dtype of the weights, and sums of projections are float64. Tensors must have
     the shapes of the layout and be float32, bfloat16 or float16; any device, any strides.
 
+    Args:
+        layout: of the tensors.
+        pool: whose directions.
+        kernels: those to use for every tensor, by name (see `choice.py`); None chooses by the tensors' device.
+
     Raises (every method):
         DirectionsError: an unknown family, a seed number outside the pool, a tensor or array of another shape or dtype.
     """
 
-    def __init__(self, layout: Layout, pool: Pool) -> None:
+    def __init__(self, layout: Layout, pool: Pool, kernels: str | None = None) -> None:
         self.layout, self.pool = layout, pool
         self.family = make_family(pool, layout)
+        self._host = make_backend("host", self.family)
+        self._only = None if kernels is None else make_backend(kernels, self.family)
+        self._backends: dict[torch.device, Backend] = {}
         self._views: dict[tuple[int, bool], tuple[int, int, F32, F32]] = {}
 
     def perturb(self, index: int, weight: Tensor, out: Tensor, k: int, c: float) -> None:
@@ -49,11 +46,12 @@ class Directions:
         if not 0 <= k < self.pool.size:
             raise self._no_such_seed(k)
         entry = self.layout.entries[index]
-        if entry.numel <= PIECE and _direct(weight) and _direct(out):
+        if entry.numel <= PIECE and self._only is None and is_direct(weight) and is_direct(out):
             source, target = self._arrays(index, weight, out)
             self.family.add(target, source, entry.origin, k, c)
-        else:
-            self._apply(index, weight, out, partial(self._add, k, c))
+            return
+        _check(entry, weight, out)
+        self._backend(weight, out).add(out, weight, entry.origin, k, c)
 
     def add(self, weights: Sequence[Tensor], k: int, c: float) -> None:
         """weights += c * z_k in place, each tensor rounded to its own dtype once."""
@@ -98,47 +96,30 @@ class Directions:
 
     # ------------------------------------------------------------------ one tensor
 
-    def _add(self, k: int, c: float, out: F32, base: F32, p0: int) -> None:
-        self.family.add(out, base, p0, k, c)
+    def _backend(self, *tensors: Tensor) -> Backend:
+        """The kernels for tensors that are used together; host memory is where tensors of two devices meet."""
+        if self._only is not None:
+            return self._only
+        device = tensors[0].device
+        if any(tensor.device != device for tensor in tensors[1:]):
+            return self._host
+        if device not in self._backends:
+            self._backends[device] = make_backend(choose_kernels(device, self.family.name)[0], self.family)
+        return self._backends[device]
 
     def _arrays(self, index: int, base: Tensor, out: Tensor) -> tuple[F32, F32]:
         """Flat numpy views of a small float32 pair. The last ones are kept: every forward pass asks for every tensor."""
         views = self._views.get((index, base is out))
         if views is None or views[0] != base.data_ptr() or views[1] != out.data_ptr():
             _check(self.layout.entries[index], base, out)
-            source, target = _array(base.detach().view(-1)), _array(out.detach().view(-1))
+            source, target = as_array(base.detach().view(-1)), as_array(out.detach().view(-1))
             views = self._views[index, base is out] = (base.data_ptr(), out.data_ptr(), source, target)
         return views[2], views[3]
 
-    def _apply(self, index: int, base: Tensor, out: Tensor, run: Run) -> None:
-        """`run` over one tensor; in threads where it is large and on the CPU."""
-        entry = self.layout.entries[index]
-        _check(entry, base, out)
-        for offset, (source, target) in _rows(base.detach(), out.detach()):
-            pieces = [(source[a:b], target[a:b], entry.origin + offset + a) for a, b in _cut(len(source))]
-            each = ordered_map if source.is_cpu and target.is_cpu else map
-            for _ in each(partial(_apply_piece, run), pieces):
-                pass
-
     def _accumulate(self, sums: F64, entry: Entry, delta: Tensor, wanted: Bools | None) -> None:
-        """sums [K] += <z_k, delta>; the partial sums of the pieces are joined in order."""
+        """sums [K] += <z_k, delta>."""
         _check(entry, delta)
-        for offset, (row,) in _rows(delta.detach()):
-            pieces = [(row[a:b], entry.origin + offset + a) for a, b in _cut(len(row))]
-            each = ordered_map if row.is_cpu else map
-            for part in each(partial(self._project_piece, wanted), pieces):
-                sums += part
-
-    def _project_piece(self, wanted: Bools | None, piece: tuple[Tensor, int]) -> F64:
-        delta, p0 = piece
-        sums = np.zeros(self.pool.size)
-        if _direct(delta):
-            self.family.project(sums, _array(delta), p0, wanted)
-            return sums
-        for a in range(0, len(delta), CHUNK):
-            host = delta[a : a + CHUNK].to(device="cpu", dtype=torch.float32).contiguous()
-            self.family.project(sums, _array(host), p0 + a, wanted)
-        return sums
+        self._backend(delta).project(sums, delta, entry.origin, wanted)
 
     # ------------------------------------------------------------------ families that draw a direction as a whole
 
@@ -188,7 +169,7 @@ class Directions:
 
 
 class Combination:
-    """Coefficients of several pools over one layout, to be added tensor by tensor, in one pass over each.
+    """Coefficients of several pools over one layout, to be added tensor by tensor.
 
     `steps` are pairs (directions, float32 [L, K]) in order; none of the families may be `whole`.
     """
@@ -201,64 +182,23 @@ class Combination:
     def write(self, index: int, base: Tensor, out: Tensor) -> None:
         """out = round(float32(base) + sum_k C1[block, k] z1_k + ...) for tensor `index`; base may be out.
 
-        The sum of each pool comes first; the sums are added in order, in float32, and rounded to the dtype of `out` once.
+        The sum of each pool comes first; the sums are added in order, in float32, and rounded to the dtype of `out` once
+        (16-bit tensors of several pools take a float32 tensor in between). A base on another device is copied to that of out.
         """
         if not self._steps:
             out.copy_(base)
             return
-        first = self._steps[0][0]
-        block = first.layout.entries[index].block
-        pools = [(directions, rows[block]) for directions, rows in self._steps]
-        first._apply(index, base, out, partial(_combine_pools, pools))
-
-
-def _combine_pools(pools: Sequence[tuple[Directions, F32]], out: F32, base: F32, p0: int) -> None:
-    for directions, coefficients in pools:
-        directions.family.combine(out, base, p0, coefficients)
-        base = out
-
-
-def _apply_piece(run: Run, piece: tuple[Tensor, Tensor, int]) -> None:
-    base, out, p0 = piece
-    if _direct(base) and _direct(out):
-        run(_array(out), _array(base), p0)
-        return
-    scratch = torch.empty(min(CHUNK, len(base)))
-    for a in range(0, len(base), CHUNK):
-        part = scratch[: len(base) - a]
-        part.copy_(base[a : a + CHUNK])
-        values = _array(part)
-        run(values, values, p0 + a)
-        out[a : a + CHUNK].copy_(part)
-
-
-def _rows(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """(offset, 1-D views) that cover tensors of one shape in the order of their elements: one row if all are contiguous."""
-    if all(t.is_contiguous() for t in tensors):
-        yield 0, tuple(t.view(-1) for t in tensors)
-    elif tensors[0].dim() == 1:
-        yield 0, tensors
-    else:
-        size = tensors[0][0].numel()
-        for i in range(tensors[0].shape[0]):
-            for offset, views in _rows(*(t[i] for t in tensors)):
-                yield i * size + offset, views
-
-
-def _cut(length: int) -> list[tuple[int, int]]:
-    """The pieces of a row: at least PIECE long, at most MOST_PIECES, starting at multiples of the largest tile."""
-    per_piece = -(-length // MOST_PIECES)
-    size = max(PIECE, -(-per_piece // ALIGN) * ALIGN)
-    return [(a, min(a + size, length)) for a in range(0, length, size)]
-
-
-def _direct(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
-
-
-def _array(tensor: Tensor) -> F32:
-    array: F32 = tensor.numpy()
-    return array
+        source = base.detach().to(out.device)
+        between = out if out.dtype == torch.float32 else None
+        for number, (directions, rows) in enumerate(self._steps, 1):
+            last = number == len(self._steps)
+            if between is None and not last:
+                between = torch.empty(out.shape, device=out.device)
+            target = out if last or between is None else between
+            entry = directions.layout.entries[index]
+            _check(entry, source, target)
+            directions._backend(source, target).combine(target, source, entry.origin, rows[entry.block])
+            source = target
 
 
 def _check(entry: Entry, *tensors: Tensor) -> None:

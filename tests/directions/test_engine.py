@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedtune.directions import Directions, Pool
-from fedtune.directions.engine import CHUNK, PIECE
+from fedtune.directions.host import CHUNK, PIECE
 from fedtune.errors import DirectionsError
 from fedtune.layout import Layout
 

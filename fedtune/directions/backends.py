@@ -1,0 +1,28 @@
+"""What the engine asks of the code that does the arithmetic on a device: three operations on one tensor."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from fedtune.directions.base import F32, F64, Bools
+
+
+class Backend(ABC):
+    """The operations of a family on tensors of one shape, float32, bfloat16 or float16, with any strides.
+
+    Every backend gives the values of `Family`; p0 is the position of a tensor's first element.
+    """
+
+    @abstractmethod
+    def add(self, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
+        """out = round(float32(base) + c * z_k); out may be base."""
+
+    @abstractmethod
+    def combine(self, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None:
+        """out = round(float32(base) + sum_k coefficients[k] * z_k), coefficients float32 [K]; out may be base."""
+
+    @abstractmethod
+    def project(self, sums: F64, delta: Tensor, p0: int, wanted: Bools | None) -> None:
+        """sums[k] += <z_k, delta> for every k that is `wanted` (bool [K]; None: all); sums is float64 [K]."""

@@ -1,0 +1,117 @@
+"""The kernels of the CPU on tensors of any dtype, device and memory layout, cut into runs for a family.
+
+float32 CPU tensors are worked on in place. All others (16-bit weights, strided views, other devices) go through a small
+float32 scratch, chunk by chunk, and are rounded to their own type once. Pieces and chunks start at multiples of the
+largest tile and depend on the tensor's size alone, so threads, dtype and device change no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtune.directions.backends import Backend
+from fedtune.directions.base import F32, F64, Bools, Family
+from fedtune.directions.threads import ordered_map
+from fedtune.layout import ALIGN
+
+CHUNK = ALIGN  # elements of the float32 scratch: 256 KB, which fits a core's second-level cache
+PIECE = 4 * ALIGN  # elements below which a second thread costs more than it saves
+MOST_PIECES = 64  # bounds the memory of the partial sums of a projection
+
+Run = Callable[[F32, F32, int], None]  # (out, base, p0): one contiguous run of a family's add or combine
+
+
+class HostBackend(Backend):
+    """A family's kernels on the CPU; in threads where a tensor is large and on the CPU."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
+    def add(self, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
+        _apply(partial(self._add, k, c), base, out, p0)
+
+    def combine(self, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None:
+        _apply(partial(self._combine, coefficients), base, out, p0)
+
+    def project(self, sums: F64, delta: Tensor, p0: int, wanted: Bools | None) -> None:
+        for offset, (row,) in _rows(delta.detach()):
+            pieces = [(row[a:b], p0 + offset + a) for a, b in _cut(len(row))]
+            each = ordered_map if row.is_cpu else map
+            for part in each(partial(self._project_piece, wanted), pieces):
+                sums += part
+
+    def _add(self, k: int, c: float, out: F32, base: F32, p0: int) -> None:
+        self.family.add(out, base, p0, k, c)
+
+    def _combine(self, coefficients: F32, out: F32, base: F32, p0: int) -> None:
+        self.family.combine(out, base, p0, coefficients)
+
+    def _project_piece(self, wanted: Bools | None, piece: tuple[Tensor, int]) -> F64:
+        delta, p0 = piece
+        sums = np.zeros(self.family.pool.size)
+        if is_direct(delta):
+            self.family.project(sums, as_array(delta), p0, wanted)
+            return sums
+        for a in range(0, len(delta), CHUNK):
+            host = delta[a : a + CHUNK].to(device="cpu", dtype=torch.float32).contiguous()
+            self.family.project(sums, as_array(host), p0 + a, wanted)
+        return sums
+
+
+def is_direct(tensor: Tensor) -> bool:
+    """Whether a family can work on the tensor's own memory."""
+    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+
+
+def as_array(tensor: Tensor) -> F32:
+    """The numpy view of a direct tensor."""
+    array: F32 = tensor.numpy()
+    return array
+
+
+def _apply(run: Run, base: Tensor, out: Tensor, p0: int) -> None:
+    """`run` over one tensor."""
+    for offset, (source, target) in _rows(base.detach(), out.detach()):
+        pieces = [(source[a:b], target[a:b], p0 + offset + a) for a, b in _cut(len(source))]
+        each = ordered_map if source.is_cpu and target.is_cpu else map
+        for _ in each(partial(_apply_piece, run), pieces):
+            pass
+
+
+def _apply_piece(run: Run, piece: tuple[Tensor, Tensor, int]) -> None:
+    base, out, p0 = piece
+    if is_direct(base) and is_direct(out):
+        run(as_array(out), as_array(base), p0)
+        return
+    scratch = torch.empty(min(CHUNK, len(base)))
+    for a in range(0, len(base), CHUNK):
+        part = scratch[: len(base) - a]
+        part.copy_(base[a : a + CHUNK])
+        values = as_array(part)
+        run(values, values, p0 + a)
+        out[a : a + CHUNK].copy_(part)
+
+
+def _rows(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """(offset, 1-D views) that cover tensors of one shape in the order of their elements: one row if all are contiguous."""
+    if all(t.is_contiguous() for t in tensors):
+        yield 0, tuple(t.view(-1) for t in tensors)
+    elif tensors[0].dim() == 1:
+        yield 0, tensors
+    else:
+        size = tensors[0][0].numel()
+        for i in range(tensors[0].shape[0]):
+            for offset, views in _rows(*(t[i] for t in tensors)):
+                yield i * size + offset, views
+
+
+def _cut(length: int) -> list[tuple[int, int]]:
+    """The pieces of a row: at least PIECE long, at most MOST_PIECES, starting at multiples of the largest tile."""
+    per_piece = -(-length // MOST_PIECES)
+    size = max(PIECE, -(-per_piece // ALIGN) * ALIGN)
+    return [(a, min(a + size, length)) for a in range(0, length, size)]

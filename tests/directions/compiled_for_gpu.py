@@ -1,0 +1,41 @@
+"""Run as a script: compile every Triton kernel for an NVIDIA GPU (none is needed), and print what may not be in the code."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fedtune.directions.counters import column_shifts
+from fedtune.directions.gpu import gaussian, hadamard, rademacher, stretch
+from fedtune.directions.gpu.compiled import WARPS
+
+TYPES = {"p0": "i64", "c": "fp32", "coefficients": "*fp32", "seeds": "*i32", "partial": "*fp64", "sums": "*fp64"}
+TENSORS = ("out", "base", "delta")
+
+
+def compile_for(capability: int, function: object, dtype: str, bits: int) -> str:
+    """The PTX of a kernel for tensors of `dtype` and tiles of 2^bits."""
+    given = dict(zip(("BITS", "S0", "S1", "S2", "WIDTH"), (bits, *column_shifts(bits), 64), strict=True))
+    names = function.arg_names  # type: ignore[attr-defined]
+    constants = {name: given[name] for name in names if name in given}
+    types = {name: "constexpr" if name in given else TYPES.get(name, "i32") for name in names}
+    types.update({name: f"*{dtype}" for name in TENSORS if name in names})
+    source = ASTSource(fn=function, signature=types, constexprs=constants)
+    options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"]
+    return str(compiled.asm["ptx"])
+
+
+if __name__ == "__main__":
+    for module in (hadamard, rademacher, gaussian):
+        for name in ("add", "combine", "project"):
+            for dtype, bits in [("fp32", 12)] + ([("bf16", 16)] if module is hadamard else []):
+                ptx = compile_for(int(sys.argv[1]), getattr(module, name), dtype, bits)
+                bad = set(re.findall(r"\bfma\.\S+|\S+\.ftz\S*|\S+\.approx\S*|\batom\.\S+|\bred\.\S+", ptx))
+                print(module.__name__, name, dtype, bits, *sorted(bad))
+    compile_for(int(sys.argv[1]), stretch.join, "fp32", 12)
