@@ -2,11 +2,13 @@
 
 float32 CPU tensors are worked on in place. All others (16-bit weights, strided views, other devices) go through a small
 float32 scratch, chunk by chunk, and are rounded to their own type once. Pieces and chunks start at multiples of the
-largest tile and depend on the tensor's size alone, so threads, dtype and device change no value.
+largest tile and depend on the tensor's size alone, so threads, dtype and device change no value. For a family that is
+`shaped`, pieces of matrices are whole rows, one after another: its threads are those of the matrix products.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -22,6 +24,7 @@ from fedtune.layout import ALIGN, Entry, Layout
 
 CHUNK = ALIGN  # elements of the float32 scratch: 256 KB, which fits a core's second-level cache
 PIECE = 4 * ALIGN  # elements below which a second thread costs more than it saves
+ROW_PIECE = 64 * ALIGN  # elements of a piece of whole rows: 16 MB, so that making factors costs little beside products
 MOST_PIECES = 64  # bounds the memory of the partial sums of a projection
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -124,6 +127,9 @@ class Directions:
         """`run` over one tensor; in threads where it is large and on the CPU."""
         entry = self.layout.entries[index]
         _check(entry, base, out)
+        if self.family.shaped and len(entry.shape) > 1:
+            _apply_rows(run, entry, base.detach(), out.detach())
+            return
         for offset, (source, target) in _rows(base.detach(), out.detach()):
             pieces = [(source[a:b], target[a:b], entry.origin + offset + a) for a, b in _cut(len(source))]
             each = ordered_map if source.is_cpu and target.is_cpu else map
@@ -133,6 +139,11 @@ class Directions:
     def _accumulate(self, sums: F64, entry: Entry, delta: Tensor, wanted: Bools | None) -> None:
         """sums [K] += <z_k, delta>; the partial sums of the pieces are joined in order."""
         _check(entry, delta)
+        if self.family.shaped and len(entry.shape) > 1:
+            for offset, (rows,) in _whole_rows(delta.detach()):
+                host = rows.to(device="cpu", dtype=torch.float32).contiguous()
+                self.family.project(sums, _array(host.view(-1)), entry.origin + offset, wanted)
+            return
         for offset, (row,) in _rows(delta.detach()):
             pieces = [(row[a:b], entry.origin + offset + a) for a, b in _cut(len(row))]
             each = ordered_map if row.is_cpu else map
@@ -199,6 +210,31 @@ def _apply_piece(run: Run, piece: tuple[Tensor, Tensor, int]) -> None:
         values = _array(part)
         run(values, values, p0 + a)
         out[a : a + CHUNK].copy_(part)
+
+
+def _apply_rows(run: Run, entry: Entry, base: Tensor, out: Tensor) -> None:
+    for offset, (source, target) in _whole_rows(base, out):
+        p0 = entry.origin + offset
+        if _direct(source) and _direct(target):
+            run(_array(target.view(-1)), _array(source.view(-1)), p0)
+        else:
+            scratch = torch.empty(source.shape).copy_(source)
+            values = _array(scratch.view(-1))
+            run(values, values, p0)
+            target.copy_(scratch)
+
+
+def _whole_rows(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """(offset, 2-D views) that cover tensors of one shape, of two or more dimensions, by whole rows of their matrices."""
+    height, *rest = tensors[0].shape
+    size = math.prod(rest)
+    step = max(1, ROW_PIECE // max(1, size)) if len(rest) == 1 else 1
+    for a in range(0, height, step):
+        if len(rest) == 1:
+            yield a * size, tuple(t[a : a + step] for t in tensors)
+        else:
+            for offset, views in _whole_rows(*(t[a] for t in tensors)):
+                yield a * size + offset, views
 
 
 def _rows(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
