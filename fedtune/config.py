@@ -131,11 +131,13 @@ class RunConfig(BaseModel):
         "with each rank-one piece clipped to norm 10, as in its code",
     )
     # ------------------------------------------------------------------ directions
-    family: Literal["hadamard", "rademacher", "gaussian", "torch", "torch-truncated"] = Field(
+    family: Literal["hadamard", "rademacher", "gaussian", "lowrank", "torch", "torch-truncated"] = Field(
         "hadamard",
-        description="rule from seed to direction; gaussian is the papers' distribution; torch and torch-truncated are the "
-        "draws of FedKSeed's and Ferret's official codes (slow, for parity: docs/fidelity.md)",
+        description="rule from seed to direction; gaussian is the papers' distribution; lowrank a product of thin normal "
+        "factors for each matrix; torch and torch-truncated are the draws of FedKSeed's and Ferret's official codes (slow, "
+        "for parity: docs/fidelity.md)",
     )
+    rank: int = Field(1, ge=1, le=256, description="lowrank: rank of a matrix's direction")
     pool_every: int = Field(0, ge=0, description="rounds after which a fresh pool is drawn; 0: one pool for the run")
     # ------------------------------------------------------------------ wire
     coefficient_bits: int = Field(8, ge=2, le=24, description="bits per coefficient on the way down")
@@ -256,13 +258,17 @@ class RunConfig(BaseModel):
         return self
 
     def _refuse_foreign(self) -> None:
-        """A setting of another algorithm would be recorded and change nothing, so it is refused."""
+        """A setting of another algorithm or family would be recorded and change nothing, so it is refused."""
         ours, others = ("ferret", _ONLY_FEDKSEED) if self.algorithm == "ferret" else (self.algorithm, _ONLY_FERRET)
         for key in others:
             if getattr(self, key) != type(self).model_fields[key].default:
                 owner = "fedkseed" if ours == "ferret" else "ferret"
                 reason = " (its model is w0 - lr * sum A_k z_k by definition)" if key in ("server_lr", "anneal") else ""
                 raise ContradictionError(f"{key} belongs to {owner}, not to {ours}{reason}: remove it.", key=key)
+        if self.rank != 1 and self.family != "lowrank":
+            raise ContradictionError(
+                f"rank belongs to family lowrank, not to {self.family}: remove it or set family = lowrank.", key="rank"
+            )
 
     # ------------------------------------------------------------------ derived values
 

@@ -35,6 +35,7 @@ PRESETS = sorted(Path("simulations").rglob("*.toml"))
         ({"algorithm": "ferret", "eps": 1e-3}, ContradictionError, "eps belongs to fedkseed, not to ferret"),
         ({"weight_decay": 0.1}, UnknownSettingError, "no setting 'weight_decay'. `fedtune"),
         ({"algorithm": "ferret", "directions_per_step": 2}, ContradictionError, "directions_per_step belongs to fedkseed"),
+        ({"rank": 2}, ContradictionError, "rank belongs to family lowrank, not to hadamard: remove it or set family"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_fix(values: dict[str, object], kind: type[ConfigError], text: str) -> None:

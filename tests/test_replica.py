@@ -16,7 +16,7 @@ from fedtune.layout import Layout
 from fedtune.models import LanguageModel
 from fedtune.replica import FEW, Replica
 
-FAMILIES = ("hadamard", "rademacher", "gaussian")
+FAMILIES = ("hadamard", "rademacher", "gaussian", "lowrank")
 
 
 def pools(family: str, count: int, blocks: int) -> list[PoolCoefficients]:

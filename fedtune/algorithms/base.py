@@ -99,7 +99,8 @@ class Algorithm:
 
     def pool(self, config: RunConfig, layout: Layout, number: int) -> Pool:
         """Pool `number` (from 0) of a run; every party derives the same one."""
-        return Pool(config.family, stream_key(config.seed, "pool", number), self.pool_size(config, layout))
+        seed = stream_key(config.seed, "pool", number)
+        return Pool(config.family, seed, self.pool_size(config, layout), rank=config.rank)
 
     def start(self, config: RunConfig, layout: Layout) -> State:
         """State 0: the base model."""

@@ -32,24 +32,28 @@ class Pool:
     """K candidate seeds: the family that turns them into directions, and the 64-bit seed that names the pool.
 
     `candidates` is used by the families `torch` and `torch-truncated` only: the literal seeds of the official codes (drawn
-    from the pool seed when empty).
+    from the pool seed when empty). `rank` is used by `lowrank` only.
     """
 
     family: str
     seed: int
     size: int
     candidates: tuple[int, ...] = field(default=(), repr=False)
+    rank: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MAX_POOL:
             raise DirectionsError(f"A pool has 1 to {MAX_POOL} seeds, not {self.size}: lower K.", size=self.size)
         if self.candidates and len(self.candidates) != self.size:
             raise DirectionsError(f"The pool has {self.size} seeds but {len(self.candidates)} candidates were given.")
+        if self.rank < 1:
+            raise DirectionsError(f"A direction has rank 1 at least, not {self.rank}.", rank=self.rank)
 
     @property
     def identity(self) -> bytes:
         """8 bytes that differ between any two different pools; goes into every message."""
         text = f"{self.family} {self.seed} {self.size} {','.join(map(str, self.candidates))}"
+        text += f" rank {self.rank}" if self.family == "lowrank" else ""
         return hashlib.sha256(text.encode()).digest()[:8]
 
 
@@ -63,6 +67,8 @@ class Family(ABC):
     """The cost of `combine` and `project` does not grow with K, so a replica is rebuilt rather than copied."""
     whole: ClassVar[bool] = False
     """A direction is drawn as a whole, so the pool is walked seed by seed and not tensor by tensor."""
+    shaped: ClassVar[bool] = False
+    """A direction depends on the shapes of the tensors: every run of a matrix, or of a stack of them, is of whole rows."""
 
     def __init__(self, pool: Pool, layout: Layout) -> None:
         self.pool, self.layout = pool, layout

@@ -16,6 +16,7 @@ import torch
 from fedtune.directions.backends import Backend
 from fedtune.directions.base import Family
 from fedtune.directions.host import HostBackend
+from fedtune.directions.rows import RowsBackend
 from fedtune.errors import DirectionsError
 
 KERNELS = ("numba", "triton", "host")
@@ -49,7 +50,7 @@ def make_backend(name: str, family: Family) -> Backend:
     if name not in KERNELS:
         raise DirectionsError(f"There are no kernels called '{name}': use one of {', '.join(KERNELS)}.", name=name)
     if name != "triton":
-        return HostBackend(family)
+        return RowsBackend(family) if family.shaped else HostBackend(family)
     if family.name not in IN_TRITON:
         raise DirectionsError(
             f"Family '{family.name}' has no Triton kernels, only {', '.join(IN_TRITON)} have: use 'host'.", family=family.name

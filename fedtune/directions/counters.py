@@ -13,7 +13,9 @@ from fedtune.seeds import stream_key
 SIGNS = 1  # hadamard: block = position // 128, bit 32*w + b of the block is the sign at position % 128
 COLUMNS = 2  # hadamard: block = tile number, the constants of the tile's column permutation
 RADEMACHER = 3  # block = position // 128, word 2 = k
-GAUSSIAN = 4  # block = position // 4, word 2 = k
+GAUSSIAN = 4  # block = position // 4, word 2 = k; also the vectors of lowrank
+LEFT = 5  # lowrank, as GAUSSIAN: factor a_j of a matrix [out, in] at origin o has positions o + j * out + (0 .. out - 1)
+RIGHT = 6  # lowrank, as GAUSSIAN: factor b_j has positions o + j * in + (0 .. in - 1)
 
 SMALLEST_TILE = 12
 """log2 of the tile of a pool with at most 4096 seeds."""

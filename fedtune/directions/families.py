@@ -8,6 +8,7 @@ import numpy.typing as npt
 from fedtune.directions.base import F32, F64, Family, Pool
 from fedtune.directions.counters import column_shifts, pool_key, tile_bits
 from fedtune.directions.cpu import gaussian, hadamard, rademacher
+from fedtune.directions.lowrank import Lowrank
 from fedtune.directions.torch_stream import TorchStream, TorchTruncated
 from fedtune.layout import Layout
 
@@ -91,5 +92,5 @@ def _numbers(pool: Pool, wanted: npt.NDArray[np.bool_] | None) -> npt.NDArray[np
 
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Hadamard, Rademacher, Gaussian, TorchStream, TorchTruncated)
+    family.name: family for family in (Hadamard, Rademacher, Gaussian, Lowrank, TorchStream, TorchTruncated)
 }

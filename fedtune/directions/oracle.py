@@ -7,15 +7,16 @@ positions, with numpy's arithmetic and the numpy Philox of `fedtune.philox`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedtune.directions.base import F64, Pool
-from fedtune.directions.counters import COLUMNS, GAUSSIAN, RADEMACHER, SIGNS, column_shifts, pool_key, tile_bits
+from fedtune.directions.counters import COLUMNS, GAUSSIAN, LEFT, RADEMACHER, RIGHT, SIGNS, column_shifts, pool_key, tile_bits
 from fedtune.errors import DirectionsError
-from fedtune.layout import Layout
+from fedtune.layout import Entry, Layout
 from fedtune.philox import MASK32, philox4x32
 from fedtune.seeds import Stream
 
@@ -26,7 +27,9 @@ def dense(pool: Pool, layout: Layout) -> F64:
     """float64 [K, d]: row k is z_k over all trainable elements, tensors joined in layout order."""
     if pool.family in ("torch", "torch-truncated"):
         return _official(pool, layout)
-    rules = {"hadamard": hadamard, "rademacher": rademacher, "gaussian": gaussian}
+    if pool.family == "lowrank":
+        return np.stack([np.concatenate([lowrank(pool, k, entry) for entry in layout.entries]) for k in range(pool.size)])
+    rules: dict[str, Callable[[Pool, int, I64], F64]] = {"hadamard": hadamard, "rademacher": rademacher, "gaussian": gaussian}
     if pool.family not in rules:
         raise DirectionsError(f"The oracle knows no family '{pool.family}'.", family=pool.family)
     positions = np.concatenate([np.arange(e.origin, e.origin + e.numel) for e in layout.entries])
@@ -47,13 +50,26 @@ def rademacher(pool: Pool, k: int, positions: I64) -> F64:
     return 1.0 - 2.0 * _sign_bits(pool, RADEMACHER, k, positions).astype(np.float64)
 
 
-def gaussian(pool: Pool, k: int, positions: I64) -> F64:
+def lowrank(pool: Pool, k: int, entry: Entry) -> F64:
+    """sum_j a_j b_j^T / sqrt(r) for each matrix of the tensor, flat; normals for a vector."""
+    if len(entry.shape) < 2:
+        return gaussian(pool, k, np.arange(entry.origin, entry.origin + entry.numel))
+    height, width = entry.shape[-2:]
+    rank, parts = min(pool.rank, height, width), []
+    for origin in range(entry.origin, entry.origin + entry.numel, height * width):
+        left = gaussian(pool, k, np.arange(origin, origin + rank * height), LEFT).reshape(rank, height)
+        right = gaussian(pool, k, np.arange(origin, origin + rank * width), RIGHT).reshape(rank, width)
+        parts.append((left.T @ right).reshape(-1) / math.sqrt(rank))
+    return np.concatenate(parts)
+
+
+def gaussian(pool: Pool, k: int, positions: I64, purpose: int = GAUSSIAN) -> F64:
     """Box-Muller on the word pairs (0, 1) and (2, 3) of each block of four positions, with exact functions.
 
     The first word of a pair gives the radius from u = (word + 1/2) / 2^32, the second the angle in turns; the even
     position takes the cosine, the odd one the sine.
     """
-    words = philox4x32(_counters(positions // 4, k, GAUSSIAN), pool_key(pool)).astype(np.float64)
+    words = philox4x32(_counters(positions // 4, k, purpose), pool_key(pool)).astype(np.float64)
     rows, pair = np.arange(len(positions)), positions % 4 // 2
     radius: F64 = np.sqrt(-2.0 * np.log((words[rows, 2 * pair] + 0.5) / 2.0**32))
     angle: F64 = 2.0 * math.pi * words[rows, 2 * pair + 1] / 2.0**32

@@ -58,7 +58,7 @@ def test_16_bit_tensors_are_worked_on_in_float32_and_rounded_once(large: Directi
     assert np.array_equal(large.project([(0, base)]), large.project([(0, wide)]))
 
 
-@pytest.mark.parametrize("family", [*COUNTED, "torch", "torch-truncated"])
+@pytest.mark.parametrize("family", [*COUNTED, "lowrank", "torch", "torch-truncated"])
 def test_strided_tensors_have_the_values_of_contiguous_ones(family: str) -> None:
     shape = (9, 70, 80)
     directions = Directions(Layout.from_shapes([("a", shape)]), Pool(family, 4, K))
@@ -111,7 +111,7 @@ def test_parameters_that_require_gradients_are_accepted() -> None:
     assert all(p.grad_fn is None and p.requires_grad for p in parameters)
 
 
-@pytest.mark.parametrize("family", [*COUNTED, "torch", "torch-truncated"])
+@pytest.mark.parametrize("family", [*COUNTED, "lowrank", "torch", "torch-truncated"])
 def test_empty_tensors_are_no_work(family: str) -> None:
     directions = Directions(Layout.from_shapes([("a", (0, 3)), ("b", (2,))]), Pool(family, 4, K))
     tensors = [torch.empty(0, 3), torch.zeros(2)]

@@ -30,6 +30,7 @@ def test_keys_and_identities_of_pools() -> None:
     assert pool_key(Pool("hadamard", SEED, 8)) == (0xBCBA5AF7, 0xCADAE82C)
     assert pool_key(Pool("gaussian", SEED, 4096)) == (0x3715FBD3, 0x0D55BAAF)
     assert Pool("hadamard", SEED, 8).identity.hex() == "8481bdea4f33c596"
+    assert Pool("hadamard", SEED, 8, rank=4).identity == Pool("hadamard", SEED, 8).identity  # a rank means lowrank alone
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,21 @@ def test_normals_to_the_bit() -> None:
     values, bits = direction(Pool("gaussian", SEED, 8), 5)
     assert values[:4] == [2.2102603912353516, 0.20718851685523987, -0.0007058081100694835, -0.500527560710907]
     assert bits == "0152dd2ead427fbb"
+
+
+def test_products_of_normals_to_the_bit() -> None:
+    values, bits = direction(Pool("lowrank", SEED, 8), 5)
+    assert values == [
+        0.24601757526397705,
+        -0.15915919840335846,
+        -0.18131740391254425,
+        0.07025709748268127,
+        -0.0454522930085659,
+        -0.051780182868242264,
+    ]
+    assert bits == "91bc35428436463f"
+    assert Pool("lowrank", SEED, 8).identity.hex() == "00c3f9017f7092bd"
+    assert Pool("lowrank", SEED, 8, rank=4).identity.hex() == "88c1d5fe24f433af"
 
 
 def test_torchs_draws_for_seed_zero() -> None:

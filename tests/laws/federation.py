@@ -20,6 +20,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "fedkseed-pro": {"algorithm": "fedkseed-pro", "K": 64, "lr": 1e-3, "eps": 1e-3},
     "fedkseed-fresh": {"algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "pool_every": 1},
     "fedkseed-two": {"algorithm": "fedkseed-pro", "K": 64, "lr": 1e-3, "eps": 1e-3, "directions_per_step": 2},
+    "fedkseed-lowrank": {"algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "family": "lowrank", "rank": 2},
     "ferret": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "pool_every": 1},
     "ferret-fixed": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "momentum": 0.5, "reconstruction": "shrunken"},
     "ferret-official": {

@@ -45,7 +45,7 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, key: Any) -> None:
     while done < out.shape[0]:
         p = p0 + done
         size = min(STRETCH - p % STRETCH, out.shape[0] - done)
-        z = _direction(normals, words, p, size, k, key)
+        z = standard_normals(normals, words, p, size, k, GAUSSIAN, key)
         run = out[done : done + size]
         copy_unless_same(run, base[done : done + size])
         for i in range(size):
@@ -66,7 +66,7 @@ def combine(out: Any, base: Any, p0: int, coefficients: Any, key: Any) -> None:
         part[:] = np.float32(0.0)
         for k in range(coefficients.shape[0]):
             if coefficients[k] != 0.0:
-                z = _direction(normals, words, p, size, k, key)
+                z = standard_normals(normals, words, p, size, k, GAUSSIAN, key)
                 for i in range(size):
                     part[i] += coefficients[k] * z[i]
         run = out[done : done + size]
@@ -86,7 +86,8 @@ def project(sums: Any, delta: Any, p0: int, wanted: Any, key: Any) -> None:
         p = p0 + done
         size = min(STRETCH - p % STRETCH, delta.shape[0] - done)
         for k in wanted:
-            sums[k] += _dot(delta[done : done + size], _direction(normals, words, p, size, k, key), lanes)
+            z = standard_normals(normals, words, p, size, k, GAUSSIAN, key)
+            sums[k] += _dot(delta[done : done + size], z, lanes)
         done += size
 
 
@@ -108,12 +109,15 @@ def _dot(x: Any, y: Any, lanes: Any) -> Any:
 
 
 @kernel
-def _direction(normals: Any, words: Any, p: int, size: int, k: int, key: Any) -> Any:
-    """float32 [size]: z_k from position p on; fills and returns a part of `normals`."""
+def standard_normals(normals: Any, words: Any, p: int, size: int, k: int, purpose: int, key: Any) -> Any:
+    """float32 [size]: the normals of seed k from position p on, of a counter domain; fills and returns a part of `normals`.
+
+    `normals` has room for the blocks of four that the positions lie in, `words` (uint32 [4, ...]) for their words.
+    """
     first, last = p >> 2, (p + size + 3) >> 2
     count = last - first
     x0, x1, x2, x3 = words[0, :count], words[1, :count], words[2, :count], words[3, :count]
-    random_planes(x0, x1, x2, x3, first, k, GAUSSIAN, key[0], key[1])
+    random_planes(x0, x1, x2, x3, first, k, purpose, key[0], key[1])
     box_muller(normals[: 4 * count], x0, x1)
     box_muller(normals[2 : 4 * count], x2, x3)
     start = p & 3
