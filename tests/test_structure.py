@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("fedtune", "server", "client", "simulations")
+PACKAGES = ("fedtune", "server", "client", "simulations", "benchmarks")
 ALLOWED = {
     "fedtune": {"fedtune"},
     "server": {"fedtune", "server"},
     "client": {"fedtune", "client"},
-    "simulations": set(PACKAGES),
+    "simulations": {"fedtune", "server", "client", "simulations"},
+    "benchmarks": {"fedtune", "benchmarks"},
 }
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

@@ -1,0 +1,110 @@
+"""Benchmark dtype: does a client train the model that everybody else rebuilds from its scalars?
+
+A FedKSeed client walks some hundred steps on the shared small model. Then the held-out loss of its own weights is compared
+with that of the model that the server makes of its scalars. The baseline is the official order of operations (+eps,
+-2 eps, +eps in the weights' own dtype), whose server adds the same seeds in that dtype too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from benchmarks import official
+from benchmarks.measure import Options, Row
+from fedtune.config import RunConfig
+from fedtune.data.batches import client_batches
+from fedtune.evaluation import evaluate, response_loss
+from fedtune.resident import Resident
+from fedtune.seeds import Stream
+from fedtune.wire import Instruction
+
+TOLERANCE = 0.05  # nats that the two losses may differ by
+CLIENT = "client"
+
+
+def dtype(options: Options) -> list[Row]:
+    """|loss of the client's own weights - loss of the rebuilt model|, in nats, for each dtype of the weights."""
+    shared = Path(os.environ.get("FEDTUNE_SHARED", "../shared"))
+    names = ("float32", "bfloat16", "float16")
+    if not (shared / "models" / "stories260K").is_dir():
+        reason = f"skipped: no shared model in '{shared}' (FEDTUNE_SHARED)"
+        return [Row(f"dtype.{name}", "nats", None, None, TOLERANCE, reason) for name in names]
+    return [_row(name, shared, options) for name in names]
+
+
+def _row(name: str, shared: Path, options: Options) -> Row:
+    steps = 2 if options.quick else options.steps
+    config = RunConfig(
+        model=str(shared / "models" / "stories260K"),
+        data=str(shared / "data" / "dolly_parity.jsonl"),
+        template="fedkseed",
+        holdout_category="open_qa",
+        clients=1,
+        client_fraction=1.0,
+        K=1024,
+        lr=3e-5,
+        eps=5e-4,
+        local_steps=steps,
+        eval_samples=8 if options.quick else 0,
+        dtype=name,
+        device=str(options.device),
+        threads=options.threads,
+    )
+    own, rebuilt = _ours(Resident(config))
+    official_own, official_rebuilt = _official(Resident(config))
+    return Row(
+        f"dtype.{name}",
+        "nats",
+        abs(own - rebuilt),
+        abs(official_own - official_rebuilt),
+        TOLERANCE,
+        f"{steps} steps, K = 1024; loss of client / rebuilt: ours {own:.3f} / {rebuilt:.3f}, "
+        f"official {official_own:.3f} / {official_rebuilt:.3f}",
+        at_most_of_limit=1.0,
+    )
+
+
+def _ours(here: Resident) -> tuple[float, float]:
+    config, algorithm, replica = here.config, here.algorithm, here.replica
+    state = algorithm.start(config, replica.layout)
+    published = state.published(config.coefficient_bits)
+    digest = replica.become(published)
+    replica.touch()
+    weights = algorithm.draw_weights(state)
+    instruction = Instruction(1, replica.fingerprint, replica.layout.digest, digest, 0, published.pools, weights)
+    work = here.work(CLIENT, here.data.clients[0], 1, state.pool)
+    update = algorithm.local_update(work, config, instruction)
+    own = _heldout(here)
+    after = algorithm.aggregate(state, {CLIENT: update}, config, replica.layout)
+    replica.become(after.published(config.coefficient_bits))
+    return own, _heldout(here)
+
+
+@torch.no_grad()
+def _official(here: Resident) -> tuple[float, float]:
+    """The same model, batches and number of steps with the official step; then the official rebuild from w0."""
+    config, lm = here.config, here.language_model
+    weights = list(lm.model.parameters())
+    start = [weight.detach().clone() for weight in weights]
+    stream = Stream(config.seed, "batches", 1, CLIENT)
+    batches = client_batches(here.data.clients[0], 1, stream, lm.tokenizer.pad_token_id)
+    accumulated: dict[int, float] = {}
+    for seed in Stream(config.seed, "steps", 1, CLIENT).below(config.K, config.local_steps).tolist():
+        inputs = next(batches).to(lm.device)
+        gradient = official.step(weights, lambda inputs=inputs: response_loss(lm.model, inputs), seed, config.eps, config.lr)
+        if math.isfinite(gradient):
+            accumulated[seed] = accumulated.get(seed, 0.0) + gradient
+    own = _heldout(here)
+    for weight, before in zip(weights, start, strict=True):
+        weight.data = before
+    for seed, gradient in accumulated.items():
+        official.update(weights, seed, gradient, config.lr)
+    return own, _heldout(here)
+
+
+def _heldout(here: Resident) -> float:
+    return evaluate(here.language_model, here.data.heldout, here.config.eval_batch_size).loss

@@ -1,0 +1,115 @@
+"""The models and samples that clients are measured on: random Llamas in folders, and a client made from such a folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from fedtune.algorithms import LocalWork
+from fedtune.config import RunConfig
+from fedtune.data.batches import Batch, collate
+from fedtune.data.encode import Encoded
+from fedtune.embedded import embedded_path
+from fedtune.evaluation import response_loss
+from fedtune.layout import Layout
+from fedtune.resident import Resident
+from fedtune.wire import Instruction, Update
+
+VOCABULARY = 16384
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama by its width (64 a head), number of layers, and tokens of the sample, of which the first quarter is prompt."""
+
+    hidden: int
+    layers: int
+    tokens: int
+
+
+STEP = Size(384, 11, 256)  # 25.8 M parameters
+MEMORY = Size(768, 12, 256)  # 97.5 M parameters
+QUICK = Size(64, 2, 32)
+
+
+def save_random(size: Size, folder: Path) -> int:
+    """Write a random float32 Llama (tied embeddings) and the embedded model's tokenizer; returns its parameters."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 8 // 3,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 64,
+        max_position_embeddings=max(512, size.tokens),
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    logging.enable_progress_bar()
+    for name in TOKENIZER_FILES:
+        if (source := embedded_path("model") / name).exists():
+            shutil.copy(source, folder / name)
+    return int(model.num_parameters())
+
+
+def sample(tokens: int, vocabulary: int = VOCABULARY) -> Encoded:
+    """One sample of `tokens` tokens, the first quarter its prompt."""
+    ids = np.random.default_rng(0).integers(3, min(vocabulary, VOCABULARY), tokens)
+    return Encoded(tuple(ids.tolist()), tokens // 4, 0)
+
+
+def batch(tokens: int, vocabulary: int = VOCABULARY) -> Batch:
+    """The sample alone."""
+    return collate([sample(tokens, vocabulary)], 0)
+
+
+def forward(model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+    """The loss of a plain forward pass: what inference costs."""
+    with torch.no_grad():
+        return response_loss(model, inputs)
+
+
+class Client:
+    """A client of one run, as a worker holds it: model and replica of `config`, brought to a state that is not the base."""
+
+    def __init__(self, config: RunConfig, samples: tuple[Encoded, ...]) -> None:
+        self.config, self._samples = config, samples
+        self.resident = Resident(config)
+        self.model: torch.nn.Module = self.resident.language_model.model
+        self.device = self.resident.language_model.device
+        state = self.resident.algorithm.start(config, self.layout)
+        signs = np.where(np.arange(state.values.size) % 2 == 0, 1e-7, -1e-7).reshape(state.values.shape)
+        self._state = replace(state, values=signs)
+
+    @property
+    def layout(self) -> Layout:
+        return self.resident.replica.layout
+
+    def round(self) -> Update:
+        """What a worker does in a round: rebuild the model of the instruction, run the local steps."""
+        replica, config = self.resident.replica, self.config
+        coefficients = self._state.published(config.coefficient_bits)
+        digest = replica.become(coefficients)
+        replica.touch()
+        return self.local_update(digest)
+
+    def local_update(self, digest: bytes = bytes(16)) -> Update:
+        """The local steps alone, from the weights as they are."""
+        algorithm, replica = self.resident.algorithm, self.resident.replica
+        pools = self._state.published(self.config.coefficient_bits).pools
+        weights = algorithm.draw_weights(self._state)
+        instruction = Instruction(1, replica.fingerprint, self.layout.digest, digest, 0, pools, weights)
+        return algorithm.local_update(self._work(), self.config, instruction)
+
+    def _work(self) -> LocalWork:
+        return self.resident.work("client", self._samples, 1, self._state.pool)

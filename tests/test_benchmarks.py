@@ -1,0 +1,105 @@
+"""The benchmarks run at tiny sizes, and their rows say what they should. No figure of time is ever asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import limits, official
+from benchmarks.__main__ import line, main, run
+from benchmarks.measure import Options, Row, alternate
+from benchmarks.models import QUICK, save_random
+from fedtune.directions import Directions, Pool
+from fedtune.layout import Layout
+
+FIELDS = {
+    "name",
+    "ours",
+    "baseline",
+    "limit",
+    "ratio_to_baseline",
+    "ratio_to_limit",
+    "unit",
+    "target_to_baseline",
+    "target_to_limit",
+    "met",
+    "conditions",
+}
+OPTIONS = Options(elements=1 << 17, pool=8, repeats=1, threads=1, quick=True)
+
+
+def test_rows_are_complete_and_their_ratios_follow_from_their_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDTUNE_SHARED", str(tmp_path))
+    file = tmp_path / "rows.json"
+    main(["project", "--quick", "--threads", "1", "--device", "cpu", "--json", str(file)])
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert all(set(row) == FIELDS for row in written)
+    rows = [*written, *(row.as_mapping() for row in run(["add", "combine", "step", "dtype"], OPTIONS))]
+    names = [row["name"] for row in rows]
+    assert {"limits.scale", "add.hadamard", "combine.hadamard", "project.gaussian", "step.hadamard"} <= set(names)
+    for row in rows:
+        if row["ours"] is None:
+            assert row["name"].startswith("limits.") or row["conditions"].startswith("skipped: no shared model")
+            continue
+        assert min(row["ours"], row["baseline"], row["limit"]) > 0
+        assert math.isclose(row["ratio_to_baseline"], row["baseline"] / row["ours"])
+        assert math.isclose(row["ratio_to_limit"], row["ours"] / row["limit"])
+        assert row["met"] is None, "quick runs are not held to targets"
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in names)
+
+
+def test_a_target_is_met_when_both_ratios_are() -> None:
+    row = Row("a.b", "ms", 2.0, 100.0, 1.0, "", at_most_of_limit=2.0, at_least_below_baseline=50.0)
+    assert row.met is True
+    assert Row("a.b", "ms", 2.0, 99.0, 1.0, "", 2.0, 50.0).met is False
+    assert Row("a.b", "ms", 2.1, 200.0, 1.0, "", 2.0, 50.0).met is False
+    assert Row("a.b", "ms", None, None, 1.0, "skipped", 2.0).met is None
+    assert line(row) == "| a.b | 2 | 100 | 1 | ms | 50 | 2 | ≥ 50 x below official, ≤ 2 x limit | yes |  |"
+
+
+def test_cases_take_turns() -> None:
+    order: list[str] = []
+    alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, torch.device("cpu"))
+    assert order == ["a", "b"] * 3
+
+
+def test_tensors_have_as_many_elements_as_asked() -> None:
+    assert sum(tensor.numel() for tensor in limits.weights(1 << 17, torch.device("cpu"))) == 1 << 17
+
+
+def test_the_official_axpy_is_the_one_of_family_torch() -> None:
+    weights = [torch.ones(3, 20), torch.ones(7)]
+    layout = Layout.from_shapes([(str(i), tuple(w.shape)) for i, w in enumerate(weights)])
+    expected = [weight.clone() for weight in weights]
+    Directions(layout, Pool("torch", 0, 1, candidates=(5,))).add(expected, 0, -2e-3)
+    with torch.random.fork_rng():
+        official.update(weights, 5, 2.0, 1e-3)
+    for weight, other in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight, other, rtol=0, atol=1e-7)
+
+
+def test_the_official_rebuild_adds_what_the_official_projection_is_along() -> None:
+    start = torch.zeros(40, 50)
+    with torch.random.fork_rng():
+        weights = [start.clone()]
+        official.rebuild(weights, [3], torch.tensor([[2.0]]), 0.5)
+        z = official.base(3, start, 2000)
+        torch.testing.assert_close(weights[0].flatten(), -z)
+        torch.testing.assert_close(official.project([z], [3])[0, 0], z.square().sum())
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    parameters = save_random(QUICK, tmp_path)
+    command = [sys.executable, "-m", "benchmarks.memory_case", "inference", str(tmp_path), "32", "cpu", "1", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert 1 < float(done.stdout) / (4e-6 * parameters) < 20
