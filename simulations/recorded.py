@@ -34,7 +34,7 @@ class Official:
 
 OFFICIAL = {
     "stories_fedkseed": Official((4.7032, 4.7019, 4.6545), 292.0),
-    "stories_fedkseed_pro": Official((4.7019, 4.6340), 292.0),
+    "stories_fedkseed_pro": Official((4.7019, 4.6340), 484.0),
     "stories_ferret": Official((4.1858, 4.2047, 4.1932), 405.0),
 }
 
