@@ -147,7 +147,20 @@ class RunConfig(BaseModel):
     revision: str = Field("", description="revision of a hub model")
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of the weights")
+    update_rounding: Literal["nearest", "stochastic", "master"] = Field(
+        "nearest",
+        description="how a client's steps are rounded to 16-bit weights: nearest, stochastic (up or down by chance, right in "
+        "the mean) or master (a float32 copy takes the steps; twice the weights more memory)",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    device_map: Literal["", "auto", "balanced", "sequential"] = Field(
+        "", description="spread the model's layers over all GPUs, as accelerate does (pip install accelerate); '': one device"
+    )
+    offload: bool = Field(
+        False,
+        description="fedkseed: weights stay in host memory and go to the device module by module, so that the model need not "
+        "fit it",
+    )
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: 1 below 20 M parameters, else all cores")
     # ------------------------------------------------------------------ data
     data: str = Field("embedded", description="JSON, JSONL or Parquet file, hub:NAME, DATASET:PATH, or 'embedded'")
@@ -242,6 +255,7 @@ class RunConfig(BaseModel):
                 local_momentum=self.local_momentum,
             )
         self._refuse_foreign()
+        self._check_places()
         if self.algorithm == "ferret":
             if self.momentum and self.pool_every:
                 raise ContradictionError(
@@ -256,6 +270,26 @@ class RunConfig(BaseModel):
         if self.max_new_tokens > 100_000:
             raise ContradictionError("max_new_tokens above 100,000 is surely a mistake.")
         return self
+
+    def _check_places(self) -> None:
+        """Where the weights are and what they are rounded to."""
+        if self.update_rounding != "nearest" and self.dtype == "float32":
+            raise ContradictionError(
+                f"update_rounding = {self.update_rounding} is for 16-bit weights: remove it, or set dtype = bfloat16 or float16.",
+                update_rounding=self.update_rounding,
+            )
+        if self.offload and self.algorithm == "ferret":
+            raise ContradictionError(
+                "offload is for passes without gradients, and ferret needs them: remove it, or use algorithm = fedkseed."
+            )
+        if self.offload and (self.device_map or self.update_rounding == "master"):
+            other = "device_map" if self.device_map else "update_rounding = master"
+            raise ContradictionError(f"offload and {other} exclude each other: keep one of them.")
+        if self.device_map and self.device not in ("auto", "cuda"):
+            raise ContradictionError(
+                f"device_map places the model itself, so device = {self.device} says nothing: remove one of them.",
+                device=self.device,
+            )
 
     def _refuse_foreign(self) -> None:
         """A setting of another algorithm or family would be recorded and change nothing, so it is refused."""

@@ -37,6 +37,16 @@ def response_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, 1).float(), batch.targets, ignore_index=IGNORED)
 
 
+def response_losses(model: torch.nn.Module, batch: Batch, copies: int) -> torch.Tensor:
+    """float32 [copies]: `response_loss` of each of so many copies of `batch`, which run through the model as one batch.
+
+    Copy i has the rows i B .. (i+1) B - 1; a model may treat the copies differently (see `fedtune.perturb.together`).
+    """
+    logits = response_logits(model, batch.repeat(copies)).unflatten(0, (copies, -1))
+    losses = [cross_entropy(part.flatten(0, 1).float(), batch.targets, ignore_index=IGNORED) for part in logits]
+    return torch.stack(losses)
+
+
 def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """[B, T - first, vocabulary]: the logits that predict tokens first .. T-1, in the model's dtype."""
     keep = batch.input_ids.shape[1] - batch.first

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from fedtune.config import RunConfig, expand
 from fedtune.embedded import embedded_path
 from fedtune.errors import ModelError
+from fedtune.placement import loading_options, place
 
 SMALL_MODEL = 20_000_000
 """Parameters below which a second thread costs more than it brings (forward passes of a few milliseconds)."""
@@ -65,13 +66,14 @@ def load_model(config: RunConfig) -> LanguageModel:
         tokenizer = _read_tokenizer(folder, source, config)
         model, load_note = _read_weights(folder, source, config)
     model.config.use_cache = False
-    model.to(device).eval()
+    device, place_note = place(model.eval(), config, device)
     parameters = sum(p.numel() for p in model.parameters())
     threads, thread_note = choose_threads(config.threads, parameters)
     torch.set_num_threads(threads)
     padding_note = _ensure_padding(tokenizer, model.get_input_embeddings().weight.shape[0], source)
     check_positions(model_config, config.max_length, source)
-    notes = (f"model: {source} ({parameters:,} parameters, {config.dtype})", device_note, thread_note, padding_note, load_note)
+    model_note = f"model: {source} ({parameters:,} parameters, {config.dtype})"
+    notes = (model_note, device_note, place_note, thread_note, padding_note, load_note)
     return LanguageModel(model, tokenizer, device, tuple(note for note in notes if note), source, folder)
 
 
@@ -233,6 +235,7 @@ def _read_weights(folder: Path, source: str, config: RunConfig) -> tuple[Any, st
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **loading_options(config),
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(

@@ -37,17 +37,25 @@ class Replica:
         folder: that the model was loaded from, whose files must not change as long as the replica lives; None: the base
             is copied.
         in_memory: bytes up to which what is not in the folder is kept in memory and not in a private file.
+        device: where the model computes if its weights stay where they are (`offload`); None: where they are.
 
     Raises:
         ModelError: (also from `become`) the cache folder has no room, or a file of the model folder was changed.
     """
 
-    def __init__(self, model: torch.nn.Module, layout: Layout, folder: Path | None = None, in_memory: int = IN_MEMORY) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layout: Layout,
+        folder: Path | None = None,
+        in_memory: int = IN_MEMORY,
+        device: torch.device | None = None,
+    ) -> None:
         self.model, self.layout = model, layout
         named = trainable(model)
         self.weights = [parameter for _, parameter in named]
         self.fingerprint = fingerprint(model)
-        self.perturbation = Perturbation(model, layout)
+        self.perturbation = Perturbation(model, layout, device=device)
         self._in_memory = in_memory
         self._base = AtRest.copy_of(named, folder, in_memory)
         self._anchor: AtRest | None = None
@@ -92,6 +100,7 @@ class Replica:
             return digest
         self._base.check()
         self._holds = None
+        self.perturbation.live.begin()
         self._source, self._steps = self._plan(coefficients.pools[:-1], coefficients.pools[-1:])
         self._add(self._steps, self._source, [weight.data for weight in self.weights])
         if any(not self.directions(pool.pool).family.fast_combine for pool in self._steps):

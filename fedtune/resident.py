@@ -11,13 +11,13 @@ from fedtune.data.batches import client_batches
 from fedtune.data.encode import Encoded
 from fedtune.data.federated import FederatedData, load_federated
 from fedtune.directions import Pool
-from fedtune.evaluation import response_loss
+from fedtune.evaluation import response_loss, response_losses
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, load_model
 from fedtune.replica import Replica
-from fedtune.seeds import Stream
+from fedtune.seeds import Stream, stream_key
 
-_MODEL_SETTINGS = ("model", "revision", "trust_remote_code", "dtype", "device", "threads", "blocks", "algorithm")
+_MODEL_SETTINGS = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map", "offload", "threads", "blocks", "algorithm")
 _DATA_SETTINGS = (
     "data",
     "instruction_column",
@@ -60,17 +60,23 @@ class Resident:
     def replica(self) -> Replica:
         model = self.language_model.model
         layout = Layout.of(model, self.algorithm.block_rule(self.config))
-        return Replica(model, layout, self.language_model.folder)
+        device = self.language_model.device
+        computes_on = device if self.config.offload and device.type != "cpu" else None
+        return Replica(model, layout, self.language_model.folder, device=computes_on)
 
     @cached_property
     def data(self) -> FederatedData:
         return load_federated(self.config, self.language_model.tokenizer)
 
     def work(self, client: str, samples: Sequence[Encoded], round: int, pool: Pool) -> LocalWork:
-        """What `client` works on in a round: its samples in the order of the stream (seed, "batches", round, client)."""
+        """What `client` works on in a round: its samples in the order of the stream (seed, "batches", round, client).
+
+        The weights must be those that the client starts from: a master copy is made of them.
+        """
         replica, lm, config = self.replica, self.language_model, self.config
         stream = Stream(config.seed, "batches", round, client)
         batches = client_batches(samples, config.batch_size, stream, lm.tokenizer.pad_token_id)
+        replica.perturbation.live.begin(config.update_rounding, stream_key(config.seed, "rounding", round, client))
         return LocalWork(
             model=replica.model,
             weights=replica.weights,
@@ -81,6 +87,7 @@ class Resident:
             client=client,
             examples=len(samples),
             start=replica.start,
+            losses=response_losses,
         )
 
 

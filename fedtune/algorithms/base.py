@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,9 +19,12 @@ from fedtune.data.batches import Batch
 from fedtune.directions import Directions, Pool
 from fedtune.directions.base import F64
 from fedtune.layout import BlockRule, Layout
-from fedtune.perturb import Perturbation
+from fedtune.perturb import LiveWeights, Perturbation
 from fedtune.seeds import stream_key
 from fedtune.wire import Instruction, Kind, Update
+
+PASS_TOKENS = 8192
+"""Tokens, of all copies of a batch, in one pass over the model: enough to keep any device busy, few enough to fit it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,8 @@ class LocalWork:
         examples: training samples that the client owns.
         start: tensor `index` as it was when `local_update` started, computed when it is asked for (see `Replica.start`);
             None: an algorithm that needs it copies the weights.
+        losses: (model, batch, copies) -> the loss of each of so many copies of the batch, run as one batch, where the model
+            may treat every copy differently; None: points are evaluated one by one.
     """
 
     model: torch.nn.Module
@@ -71,6 +77,25 @@ class LocalWork:
     client: str
     examples: int
     start: Callable[[int], torch.Tensor] | None = None
+    losses: Callable[[torch.nn.Module, Batch, int], torch.Tensor] | None = None
+
+    @property
+    def live(self) -> LiveWeights:
+        """The weights as local steps write them."""
+        return self.perturbation.live
+
+    def losses_at(self, batch: Batch, points: Sequence[tuple[int, float]]) -> list[float]:
+        """The loss of `batch` at w + c z_k for every (k, c) in `points`, in as few passes over the model as pay off."""
+
+        def alone() -> torch.Tensor:
+            return self.loss(self.model, batch)
+
+        if self.losses is None:
+            return self.perturbation.losses(self.directions, points, alone)
+        several = partial(self.losses, self.model, batch)
+        most = max(2, PASS_TOKENS // batch.input_ids.numel())
+        parts = [points[a : a + most] for a in range(0, len(points), most)]
+        return [loss for part in parts for loss in self.perturbation.losses(self.directions, part, alone, several)]
 
 
 @dataclass(frozen=True)

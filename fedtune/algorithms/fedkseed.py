@@ -63,11 +63,11 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
         rounded = round_scalars(np.array(gradients, dtype=np.float32), config.scalar_bits)
         if not (np.isfinite(rounded).all() and np.isfinite(loss)):
             break
-        for k, gradient in zip(ks, rounded.tolist(), strict=True):
-            work.directions.add(work.weights, k, -rate * gradient)
+        work.live.move(work.directions, [(k, -rate * gradient) for k, gradient in zip(ks, rounded.tolist(), strict=True)])
         scalars.extend(rounded)
         losses.append(loss)
         emit(ClientStep(work.client, step + 1, config.local_steps, loss))
+    work.live.settle()
     return Update(
         round=instruction.round,
         digest=instruction.digest,
@@ -86,16 +86,10 @@ def two_point(work: LocalWork, ks: Sequence[int], eps: float) -> tuple[list[floa
 
     Each takes two evaluations, at w + eps z and w - eps z.
     """
-    batch = next(work.batches)
-    gradients, losses = [], []
-    for k in ks:
-        with work.perturbation.at(work.directions, k, eps):
-            plus = float(work.loss(work.model, batch))
-        with work.perturbation.at(work.directions, k, -eps):
-            minus = float(work.loss(work.model, batch))
-        gradients.append((plus - minus) / (2.0 * eps))
-        losses.append((plus + minus) / 2.0)
-    return gradients, sum(losses) / len(losses)
+    found = work.losses_at(next(work.batches), [(k, c) for k in ks for c in (eps, -eps)])
+    pairs = list(zip(found[::2], found[1::2], strict=True))
+    gradients = [(plus - minus) / (2.0 * eps) for plus, minus in pairs]
+    return gradients, sum((plus + minus) / 2.0 for plus, minus in pairs) / len(pairs)
 
 
 def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, layout: Layout) -> State:

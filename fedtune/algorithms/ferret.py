@@ -31,6 +31,7 @@ from fedtune.algorithms.first_order import FirstOrder
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
 from fedtune.layout import BlockRule, Layout
+from fedtune.perturb import LiveWeights
 from fedtune.progress import ClientStep, check_stop, emit
 from fedtune.seeds import Stream
 from fedtune.wire import Instruction, Kind, Status, Update
@@ -46,17 +47,17 @@ OFFICIAL_PIECE_NORM = 10.0  # a rank-one piece of the rebuild is scaled down to 
 class Change(Sequence[torch.Tensor]):
     """delta = w_end - w_start in float32, computed tensor by tensor every time that it is asked for, and never kept."""
 
-    def __init__(self, weights: Sequence[torch.Tensor], start: Callable[[int], torch.Tensor]) -> None:
-        self.weights, self.start = weights, start
+    def __init__(self, live: LiveWeights, start: Callable[[int], torch.Tensor]) -> None:
+        self.live, self.start = live, start
 
     def __len__(self) -> int:
-        return len(self.weights)
+        return len(self.live.parameters)
 
     @torch.no_grad()
     def __getitem__(self, index: Any) -> Any:
-        if index >= len(self.weights):
+        if index >= len(self):
             raise IndexError(index)
-        return self.weights[index].detach().float() - self.start(index).float()
+        return self.live.value(index).float() - self.start(index).float()
 
 
 def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -> Update:
@@ -76,7 +77,7 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
             emit(ClientStep(work.client, step + 1, config.local_steps, loss))
     del steps  # with the optimiser's state
     finished = len(losses) == config.local_steps
-    found = project(work, Change(work.weights, start), config, instruction) if finished else None
+    found = project(work, Change(work.live, start), config, instruction) if finished else None
     counts, coordinates = found or _nothing(work, config)
     return Update(
         round=instruction.round,

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from fedtune.algorithms.base import LocalWork
 from fedtune.config import RunConfig
+from fedtune.perturb import LiveWeights
 
 BETAS = (0.9, 0.999)  # AdamW's, its usual ones
 EPSILON = 1e-8  # AdamW's
@@ -33,7 +34,8 @@ class Optimizer:
     momentum and adamw do what torch.optim.SGD and AdamW do (adamw with weight_decay 0).
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, live: LiveWeights) -> None:
+        self.live = live
         self.rule, self.lr, self.momentum = config.optimizer, config.lr, config.local_momentum
         self._state: dict[int, tuple[Tensor, ...]] = {}
         self._steps: dict[int, int] = {}
@@ -41,18 +43,19 @@ class Optimizer:
     @torch.no_grad()
     def step(self, index: int, weight: Parameter, gradient: Tensor, scale: float = 1.0) -> None:
         """Move `weight`, tensor `index` of the model, once, with `scale` times `gradient`; rounded to its dtype once."""
-        if self.rule == "sgd":
-            weight.add_(gradient, alpha=-self.lr * scale)
+        if self.rule == "sgd" and self.live.rule == "nearest":
+            weight.add_(gradient, alpha=-self.lr * scale)  # in float32 and rounded once, without a float32 copy
             return
-        wide = weight.detach().float()  # the weight itself if it is float32
-        if self.rule == "momentum":
+        wide = self.live.wide(index)
+        if self.rule == "sgd":
+            wide.add_(gradient, alpha=-self.lr * scale)
+        elif self.rule == "momentum":
             (velocity,) = self._zeros(index, weight, 1)
             velocity.mul_(self.momentum).add_(gradient, alpha=scale)
             wide.add_(velocity, alpha=-self.lr)
         else:
             self._adamw(index, wide, gradient.float() * scale if scale != 1.0 else gradient.float())
-        if weight.dtype != torch.float32:
-            weight.copy_(wide)
+        self.live.write(index, wide)
 
     def _adamw(self, index: int, wide: Tensor, gradient: Tensor) -> None:
         mean, square = self._zeros(index, wide, 2)
@@ -77,7 +80,7 @@ class FirstOrder:
 
     def __init__(self, work: LocalWork, config: RunConfig) -> None:
         self.work, self.config = work, config
-        self.optimizer = Optimizer(config)
+        self.optimizer = Optimizer(config, work.live)
         self.at_once = config.accumulate == 1 and not config.clip_norm
         self._finite = True
         self._handles: list[Any] = []

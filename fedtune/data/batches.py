@@ -43,6 +43,12 @@ class Batch:
         """int64 [B * (T - first)]: the labels that the last T - first positions of `inputs` predict, row by row."""
         return self.labels[:, self.first :].reshape(-1)
 
+    def repeat(self, copies: int) -> Batch:
+        """So many copies of the batch as one, one after another."""
+        repeated = Batch(*(tensor.repeat(copies, 1) for tensor in (self.input_ids, self.attention_mask, self.labels)))
+        repeated.__dict__["first"] = self.first
+        return repeated
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, without a copy if it is there already."""
         if self.input_ids.device == device:

@@ -19,6 +19,14 @@ class Backend(ABC):
     def add(self, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
         """out = round(float32(base) + c * z_k); out may be base."""
 
+    def move_and_add(self, weight: Tensor, out: Tensor, p0: int, move: tuple[int, float], add: tuple[int, float]) -> None:
+        """weight = round(weight + c1 z_k1), then out = round(weight + c2 z_k2); pairs are (k, c).
+
+        A backend that can do both in one pass over the memory does so; the values are those of two calls of `add`.
+        """
+        self.add(weight, weight, p0, *move)
+        self.add(out, weight, p0, *add)
+
     @abstractmethod
     def combine(self, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None:
         """out = round(float32(base) + sum_k coefficients[k] * z_k), coefficients float32 [K]; out may be base."""

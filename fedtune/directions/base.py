@@ -70,6 +70,9 @@ class Family(ABC):
     shaped: ClassVar[bool] = False
     """A direction depends on the shapes of the tensors: every run of a matrix, or of a stack of them, is of whole rows."""
 
+    thin: ClassVar[bool] = False
+    """The direction of a matrix is a product of thin factors, which `factors` and `vector` give (see lowrank.py)."""
+
     def __init__(self, pool: Pool, layout: Layout) -> None:
         self.pool, self.layout = pool, layout
 

@@ -53,6 +53,30 @@ class Directions:
         _check(entry, weight, out)
         self._backend(weight, out).add(out, weight, entry.origin, k, c)
 
+    def perturb_part(self, index: int, offset: int, weight: Tensor, out: Tensor, k: int, c: float) -> None:
+        """As `perturb`, for a part of tensor `index` along its first dimension that begins at element `offset`."""
+        if not 0 <= k < self.pool.size:
+            raise self._no_such_seed(k)
+        self._backend(weight, out).add(out, weight, self.layout.entries[index].origin + offset, k, c)
+
+    def move_and_perturb(
+        self, index: int, weight: Tensor, move: tuple[int, float], out: Tensor, perturbation: tuple[int, float]
+    ) -> None:
+        """weight = round(weight + c1 z_k1), then out = round(weight + c2 z_k2), in one pass over the memory of both.
+
+        `move` is (k1, c1), `perturbation` (k2, c2). The values are those of two calls of `perturb`.
+        """
+        entry = self.layout.entries[index]
+        if entry.numel <= PIECE or self.family.whole:
+            self.perturb(index, weight, weight, *move)
+            self.perturb(index, weight, out, *perturbation)
+            return
+        for k, _ in (move, perturbation):
+            if not 0 <= k < self.pool.size:
+                raise self._no_such_seed(k)
+        _check(entry, weight, out)
+        self._backend(weight, out).move_and_add(weight, out, entry.origin, move, perturbation)
+
     def add(self, weights: Sequence[Tensor], k: int, c: float) -> None:
         """weights += c * z_k in place, each tensor rounded to its own dtype once."""
         if not 0 <= k < self.pool.size:

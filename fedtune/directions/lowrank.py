@@ -58,6 +58,7 @@ class Lowrank(Family):
     exact = False
     fast_combine = False
     shaped = True
+    thin = True
 
     def __init__(self, pool: Pool, layout: Layout) -> None:
         super().__init__(pool, layout)

@@ -25,6 +25,10 @@ class RowsBackend(HostBackend):
         else:
             _apply_rows(partial(self._add, k, c), base.detach(), out.detach(), p0)
 
+    def move_and_add(self, weight: Tensor, out: Tensor, p0: int, move: tuple[int, float], add: tuple[int, float]) -> None:
+        self.add(weight, weight, p0, *move)
+        self.add(out, weight, p0, *add)
+
     def combine(self, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None:
         if out.dim() < 2:
             super().combine(out, base, p0, coefficients)
