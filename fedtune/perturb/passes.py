@@ -150,11 +150,12 @@ class Perturbation:
         return [enter, leave]
 
     def _before(self, owner: Owner, *_: object) -> None:
-        if self._at is not None:
-            with self._guard.paused() if self._guard else nullcontext():
-                self._enter(owner)
-        elif self.device is not None:
-            self._prepare()
+        if self._at is None and self.device is None:
+            return
+        guard = self._guard or self._together.guard
+        with guard.paused() if guard else nullcontext():
+            if not owner.views:
+                self._allocate()
             self._enter(owner)
 
     def _after(self, owner: Owner, *_: object) -> None:

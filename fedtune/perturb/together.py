@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Module
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_iter, tree_map
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.directions import Directions
@@ -50,6 +50,7 @@ class Together:
     Attributes:
         works: false once the losses differed from those of single passes.
         checked: whether they were compared.
+        guard: watches the first pass.
     """
 
     def __init__(self, model: Module, slots: list[Slot], live: LiveWeights) -> None:
@@ -57,18 +58,18 @@ class Together:
         self._slots, self._live = slots, live
         self._owners = owners_of(model, slots)
         self._inside = False
-        self._guard: Guard | None = None
+        self.guard: Guard | None = None
 
     def losses(self, directions: Directions, points: Points, together: TogetherPass) -> list[float]:
         """The loss at each point. Raises ModelError for a weight that is read outside the module that owns it."""
         self._live.settle()
-        self._guard = None if self.checked else Guard(self._slots)
+        self.guard = None if self.checked else Guard(self._slots)
         pass_ = _Pass(directions, points)
         try:
-            with torch.no_grad(), self._wrapped(pass_), self._guard or nullcontext():
+            with torch.no_grad(), self._wrapped(pass_), self.guard or nullcontext():
                 return [float(loss) for loss in together(len(points))]
         finally:
-            self._guard, self._inside = None, False
+            self.guard, self._inside = None, False
 
     def check(self, found: Sequence[float], expected: Sequence[float]) -> None:
         """Compare the two ways, once."""
@@ -101,8 +102,9 @@ class Together:
     def _forward(self, owner: Owner, forward: Callable[..., Any], pass_: _Pass, *args: Any, **kwargs: Any) -> Any:
         if self._inside:
             return self._at_copy(owner, forward, pass_, args, kwargs)
-        with self._guard.paused() if self._guard else nullcontext():
-            if pass_.directions.family.thin and (rule := thin_rule(owner)):
+        with self.guard.paused() if self.guard else nullcontext():
+            rule = thin_rule(owner) if pass_.directions.family.thin and pass_.holds_copies((args, kwargs)) else None
+            if rule:
                 return rule(owner, pass_, forward(*args, **kwargs), *args, *kwargs.values())
             return self._copy_by_copy(owner, forward, pass_, args, kwargs)
 
@@ -110,22 +112,19 @@ class Together:
         """Each copy of the inputs through the module at that copy's point."""
         self._inside = True
         outputs = []
-        shared = True
         try:
             for copy in range(len(pass_.points)):
                 pass_.copy = copy
-                mine, split = pass_.part((args, kwargs))
-                shared = shared and not split
-                outputs.append(self._at_copy(owner, forward, pass_, *mine))
+                outputs.append(self._at_copy(owner, forward, pass_, *pass_.part((args, kwargs))))
         finally:
             self._inside = False
-        return _join(outputs, pass_.rows if shared else None)
+        return _join(outputs, None if pass_.holds_copies((args, kwargs)) else pass_.rows)
 
     def _at_copy(self, owner: Owner, forward: Callable[..., Any], pass_: _Pass, args: Any, kwargs: Any) -> Any:
         """The module at the point of the copy in hand."""
         k, c = pass_.points[pass_.copy]
         targets = []
-        with self._guard.paused() if self._guard else nullcontext():
+        with self.guard.paused() if self.guard else nullcontext():
             for slot in owner.slots:
                 here = slot.parameter.data  # on the device where the module runs
                 source = here if here.device != slot.weight.device else self._live.value(slot.index)
@@ -145,20 +144,26 @@ class _Pass:
         self._seeds = sorted({k for k, _ in points})
         self._which = [self._seeds.index(k) for k, _ in points]
 
-    def part(self, inputs: Any) -> tuple[Any, bool]:
-        """The rows of the copy in hand in all tensors that hold copies, and whether there are any."""
-        count, found = len(self.points), False
+    def holds_copies(self, inputs: Any) -> bool:
+        """Whether a module is given the copies, and not what they share (positions, say)."""
+        return any(self._rows(value) for value in tree_iter(inputs))
+
+    def part(self, inputs: Any) -> Any:
+        """The rows of the copy in hand in all tensors that hold copies."""
 
         def cut(value: Any) -> Any:
-            nonlocal found
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] % (count * max(1, self.rows)):
-                return value
-            found = True
-            rows = value.shape[0] // count
-            self.rows = self.rows or rows
-            return value[self.copy * rows : (self.copy + 1) * rows]
+            rows = self._rows(value)
+            return value[self.copy * rows : (self.copy + 1) * rows] if rows else value
 
-        return tree_map(cut, inputs), found
+        return tree_map(cut, inputs)
+
+    def _rows(self, value: Any) -> int:
+        """Rows of each copy in a tensor that holds copies, else 0."""
+        count = len(self.points)
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] % (count * max(1, self.rows)):
+            return 0
+        self.rows = self.rows or value.shape[0] // count
+        return value.shape[0] // count
 
     def factors(self, slot: Slot, like: Tensor) -> tuple[Tensor, Tensor]:
         """(c a_j) [copies, r, out] and b_j [copies, r, in] of a matrix for every copy, in the dtype of `like`."""
@@ -212,10 +217,6 @@ def _linear(owner: Owner, pass_: _Pass, output: Tensor, x: Tensor) -> Tensor:
 def _embedding(owner: Owner, pass_: _Pass, output: Tensor, ids: Tensor) -> Tensor:
     """W[ids] plus each copy's c a_j[ids] b_j."""
     copies = len(pass_.points)
-    if ids.shape[0] % copies:  # positions, say, which all copies share
-        output = output.expand(copies * pass_.rows, *output.shape[1:]).contiguous()
-        ids = ids.expand(copies * pass_.rows, *ids.shape[1:])
-    pass_.rows = pass_.rows or ids.shape[0] // copies
     rows, flat = output.view(copies, -1, output.shape[-1]), ids.reshape(copies, 1, -1)
     (slot,) = owner.slots
     left, right = pass_.factors(slot, rows)

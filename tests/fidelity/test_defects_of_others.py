@@ -12,7 +12,7 @@ F3, R9, FATE: an infinite loss becomes NaN weights, in the client and then for e
     tests/test_coefficients.py::test_what_is_not_finite_never_becomes_a_coefficient
 F1: weights drift by being perturbed
     tests/laws/test_laws.py::test_perturbing_restores_the_weights
-    tests/test_perturb.py::test_16_bit_weights_are_perturbed_in_float32_and_rounded_once
+    tests/perturb/test_perturb.py::test_16_bit_weights_are_perturbed_in_float32_and_rounded_once
 F5, R3: directions depend on torch's version, on cutting, order or device of tensors
     tests/directions/test_known_answers.py::test_signs
     tests/directions/test_known_answers.py::test_normals_to_the_bit
