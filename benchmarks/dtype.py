@@ -18,6 +18,7 @@ from benchmarks.measure import Options, Row
 from fedtune.config import RunConfig
 from fedtune.data.batches import client_batches
 from fedtune.evaluation import evaluate, response_loss
+from fedtune.perturb import RULES
 from fedtune.resident import Resident
 from fedtune.seeds import Stream
 from fedtune.wire import Instruction
@@ -27,16 +28,20 @@ CLIENT = "client"
 
 
 def dtype(options: Options) -> list[Row]:
-    """|loss of the client's own weights - loss of the rebuilt model|, in nats, for each dtype of the weights."""
+    """|loss of the client's own weights - loss of the rebuilt model|, in nats, for each dtype and rule of rounding."""
     shared = Path(os.environ.get("FEDTUNE_SHARED", "../shared"))
-    names = ("float32", "bfloat16", "float16")
+    cases = [("float32", "nearest"), *((name, rule) for name in ("bfloat16", "float16") for rule in RULES)]
     if not (shared / "models" / "stories260K").is_dir():
         reason = f"skipped: no shared model in '{shared}' (FEDTUNE_SHARED)"
-        return [Row(f"dtype.{name}", "nats", None, None, TOLERANCE, reason) for name in names]
-    return [_row(name, shared, options) for name in names]
+        return [Row(_name(*case), "nats", None, None, TOLERANCE, reason) for case in cases]
+    return [_row(*case, shared, options) for case in cases]
 
 
-def _row(name: str, shared: Path, options: Options) -> Row:
+def _name(dtype: str, rule: str) -> str:
+    return f"dtype.{dtype}" if rule == "nearest" else f"dtype.{dtype}-{rule}"
+
+
+def _row(name: str, rule: str, shared: Path, options: Options) -> Row:
     steps = 2 if options.quick else options.steps
     config = RunConfig(
         model=str(shared / "models" / "stories260K"),
@@ -51,21 +56,18 @@ def _row(name: str, shared: Path, options: Options) -> Row:
         local_steps=steps,
         eval_samples=8 if options.quick else 0,
         dtype=name,
+        update_rounding=rule,
         device=str(options.device),
         threads=options.threads,
     )
     own, rebuilt = _ours(Resident(config))
-    official_own, official_rebuilt = _official(Resident(config))
-    return Row(
-        f"dtype.{name}",
-        "nats",
-        abs(own - rebuilt),
-        abs(official_own - official_rebuilt),
-        TOLERANCE,
-        f"{steps} steps, K = 1024; loss of client / rebuilt: ours {own:.3f} / {rebuilt:.3f}, "
-        f"official {official_own:.3f} / {official_rebuilt:.3f}",
-        at_most_of_limit=1.0,
-    )
+    conditions = f"{steps} steps, K = 1024; loss of client / rebuilt: ours {own:.3f} / {rebuilt:.3f}"
+    theirs = None
+    if rule == "nearest":  # the official code has no other
+        official_own, official_rebuilt = _official(Resident(config))
+        theirs = abs(official_own - official_rebuilt)
+        conditions += f", official {official_own:.3f} / {official_rebuilt:.3f}"
+    return Row(_name(name, rule), "nats", abs(own - rebuilt), theirs, TOLERANCE, conditions, at_most_of_limit=1.0)
 
 
 def _ours(here: Resident) -> tuple[float, float]:

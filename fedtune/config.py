@@ -153,8 +153,8 @@ class RunConfig(BaseModel):
         "the mean) or master (a float32 copy takes the steps; twice the weights more memory)",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    device_map: Literal["", "auto", "balanced", "sequential"] = Field(
-        "", description="spread the model's layers over all GPUs, as accelerate does (pip install accelerate); '': one device"
+    device_map: Literal["none", "auto", "balanced", "sequential"] = Field(
+        "none", description="spread the model's layers over all GPUs, as accelerate does (extra multi-gpu); none: one device"
     )
     offload: bool = Field(
         False,
@@ -282,10 +282,10 @@ class RunConfig(BaseModel):
             raise ContradictionError(
                 "offload is for passes without gradients, and ferret needs them: remove it, or use algorithm = fedkseed."
             )
-        if self.offload and (self.device_map or self.update_rounding == "master"):
-            other = "device_map" if self.device_map else "update_rounding = master"
+        if self.offload and (self.device_map != "none" or self.update_rounding == "master"):
+            other = "device_map" if self.device_map != "none" else "update_rounding = master"
             raise ContradictionError(f"offload and {other} exclude each other: keep one of them.")
-        if self.device_map and self.device not in ("auto", "cuda"):
+        if self.device_map != "none" and self.device not in ("auto", "cuda"):
             raise ContradictionError(
                 f"device_map places the model itself, so device = {self.device} says nothing: remove one of them.",
                 device=self.device,

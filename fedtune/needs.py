@@ -34,6 +34,7 @@ class Memory:
         logits: float32 logits of the longest batch, the largest tensor of a forward pass.
         gradients: the largest one, or one for each weight with `accumulate` or `clip_norm` (Ferret).
         optimizer: state of momentum or adamw, float32 (Ferret).
+        master: the float32 copy of 16-bit weights, with `update_rounding = master`.
         saved: activations that the backward pass over the longest batch needs, logits included (Ferret).
         difference: the largest tensor's start and its update in float32, projected when the steps are done (Ferret).
     """
@@ -43,18 +44,19 @@ class Memory:
     logits: int
     gradients: int
     optimizer: int
+    master: int
     saved: int
     difference: int
 
     @property
     def zeroth_order(self) -> int:
         """Peak of a FedKSeed client: inference and the scratch."""
-        return self.weights + self.scratch + 2 * self.logits
+        return self.weights + self.master + self.scratch + 2 * self.logits
 
     @property
     def first_order(self) -> int:
         """Peak of a Ferret client: in the backward pass, or in the projection that follows the steps."""
-        return self.weights + max(self.optimizer + self.gradients + self.saved + self.logits, self.difference)
+        return self.weights + self.master + max(self.optimizer + self.gradients + self.saved + self.logits, self.difference)
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def _memory(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbat
         logits=logits,
         gradients=weights if together else max(sizes),
         optimizer=STATES[config.optimizer] * FLOAT32 * layout.numel,
+        master=FLOAT32 * layout.numel if config.update_rounding == "master" else 0,
         saved=saved,
         difference=2 * FLOAT32 * max(entry.numel for entry in layout.entries),
     )

@@ -18,12 +18,12 @@ def loading_options(config: RunConfig) -> dict[str, Any]:
     Raises:
         ModelError: accelerate, which spreads them, is not installed.
     """
-    if not config.device_map:
+    if config.device_map == "none":
         return {}
     if importlib.util.find_spec("accelerate") is None:
         raise ModelError(
             f"device_map = {config.device_map} needs accelerate, which is not installed: "
-            "pip install accelerate, or remove device_map."
+            "pip install 'fedtune[multi-gpu]', or remove device_map."
         )
     return {"device_map": config.device_map}
 
@@ -37,7 +37,7 @@ def place(model: torch.nn.Module, config: RunConfig, device: torch.device) -> tu
     Raises:
         ModelError: the layers do not fit the GPUs together.
     """
-    if config.device_map:
+    if config.device_map != "none":
         return _spread(model, config)
     if config.offload and device.type != "cpu":
         _offload(model, device)

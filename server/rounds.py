@@ -29,7 +29,8 @@ POLL_SECONDS = 0.1
 EMPTY_ROUNDS = 3  # so many rounds in a row without a usable update end the run
 _SIXTEEN_BIT = (
     "a local step smaller than half the spacing of a weight is lost on the client, so what it trains and what is rebuilt "
-    "from its numbers differ; the global model is summed in float32 all the same (docs/methods.md has figures)"
+    "from its numbers differ; the global model is summed in float32 all the same (docs/methods.md has figures; "
+    "update_rounding = stochastic or master keeps such steps)"
 )
 BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison
 
@@ -81,7 +82,7 @@ class Run:
         config, here = self.config, self.here
         for note in here.language_model.notes:
             emit(Note(note))
-        if config.dtype != "float32":
+        if config.dtype != "float32" and config.update_rounding == "nearest":
             emit(Note(f"{config.dtype} weights: {_SIXTEEN_BIT}", warning=True))
         emit(Note(kernels_note(here.language_model.device, config.family)))
         self.folder.write_json("partition.json", here.data.partition.as_json())

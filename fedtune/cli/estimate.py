@@ -87,6 +87,8 @@ def _memory_rows(found: Needs, config: RunConfig) -> list[TableRow]:
         ("parameters", f"{found.parameters:,}", ""),
         ("memory, weights", in_bytes(memory.weights), "the base model is mapped from disk"),
     ]
+    if memory.master:
+        rows.append(("memory, master copy", in_bytes(memory.master), "float32, takes the local steps"))
     if first_order:
         rows.append(("memory, gradients", in_bytes(memory.gradients), f"and {in_bytes(memory.saved)} of activations"))
         if memory.optimizer:
