@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from fedtune.directions.counters import GAUSSIAN
-from fedtune.directions.cpu.compiled import kernel
+from fedtune.directions.cpu.compiled import instructions, kernel
 from fedtune.directions.cpu.signs import copy_unless_same
 from fedtune.directions.cpu.stretch import BLOCKS, GROUP, STRETCH, begin, seed_words
 from fedtune.directions.cpu.vectors import INT64, Vectors, load, places, repeat
@@ -148,7 +147,7 @@ def interleave(normals: Any, planes: Any, count: int) -> None:
         normals[4 * j + 3] = planes[3, j]
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instructions
 def _write_normals(typing: Any, planes: Any, words: Any, j: Any) -> Any:
     """planes[:, j : j + GROUP] = the normals of words[:, j : j + GROUP]."""
 
@@ -162,7 +161,7 @@ def _write_normals(typing: Any, planes: Any, words: Any, j: Any) -> Any:
     return types.void(planes, words, types.int64), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instructions
 def _add_normals(typing: Any, sums: Any, words: Any, j: Any, c: Any) -> Any:
     """sums[:, j : j + GROUP] += c * the normals of words[:, j : j + GROUP], one product and one sum each."""
 
@@ -178,7 +177,7 @@ def _add_normals(typing: Any, sums: Any, words: Any, j: Any, c: Any) -> Any:
     return types.void(sums, words, types.int64, types.float32), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instructions
 def _dot_normals(typing: Any, lanes: Any, values: Any, words: Any, j: Any) -> Any:
     """lanes float32 [2 * GROUP] += values * normals of words[:, j : j + GROUP]: planes 0, then 1 to the first half, planes
     2, then 3 to the second, block j + i to lane i."""

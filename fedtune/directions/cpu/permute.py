@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from numba import types
-from numba.extending import intrinsic
+
+from fedtune.directions.cpu.compiled import instructions
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instructions
 def permute16(typing: Any, x: Any, odd: Any, add: Any, shift: Any, mask: Any) -> Any:
     """uint16: y ^ (y >> shift) with y = (x * odd + add) & mask; x any integer, of which the low 16 bits count, the others
     uint16; shift below 16."""

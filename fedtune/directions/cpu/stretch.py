@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from fedtune import philox
-from fedtune.directions.cpu.compiled import kernel
+from fedtune.directions.cpu.compiled import instructions, kernel
 from fedtune.directions.cpu.vectors import INT32, INT64, Vectors, load, places, repeat
 
 BLOCKS = 256
@@ -59,10 +58,8 @@ def seed_words(words: Any, tables: Any, first: int, count: int, k: int, key: Any
         _eight_rounds(words, tables, j, mix0, mix2, word3, a, b)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _eight_rounds(
-    typing: Any, words: Any, tables: Any, j: Any, mix0: Any, mix2: Any, word3: Any, key0: Any, key1: Any
-) -> Any:
+@instructions
+def _eight_rounds(typing: Any, words: Any, tables: Any, j: Any, mix0: Any, mix2: Any, word3: Any, key0: Any, key1: Any) -> Any:
     """words[:, j : j + 8] from `tables` and from what the first two rounds made of the seed; the keys are the third round's.
 
     In lanes of 64 bits: the high half of a lane counts for nothing, since a product reads low halves only.

@@ -12,9 +12,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from fedtune.directions.cpu.compiled import kernel
+from fedtune.directions.cpu.compiled import instructions, kernel
 
 SMALLEST = 6
 """log2 of the shortest tile."""
@@ -54,7 +53,7 @@ def _on_vectors(count: int, within: bool) -> Any:
     """The intrinsic f(x, i, h): butterflies on the vectors at x[i], x[i + h], x[i + 2 h] .. (`count` of them), all with
     all; with `within` also on the elements of each vector."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @instructions
     def butterflies(typing: Any, x: Any, i: Any, h: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             array, first, step = arguments
