@@ -89,7 +89,8 @@ def combine(out: Any, base: Any, p0: int, coefficients: Any, key: Any) -> None:
 def project(sums: Any, delta: Any, p0: int, wanted: Any, key: Any) -> None:
     """sums[k] += sum_i delta[i] * z_k[p0 + i] for every k in `wanted` (int64, the seeds' numbers).
 
-    float32 within a stretch, where the planes' blocks j mod 16 add up first and then in order; float64 over stretches.
+    float32 within a stretch: 32 partial sums over every sixteenth block of four positions, counted from the first of the
+    stretch that the run has, for its first and its second pair; these, in order, and the stretches are added in float64.
     """
     tables, words, values, apart = scratch()
     lanes = np.empty(2 * GROUP, np.float32)

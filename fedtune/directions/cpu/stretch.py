@@ -1,7 +1,7 @@
 """Planes of random words for a stretch of a family's positions: Philox4x32-10 for many seeds at the same positions.
 
 Plane m of a stretch holds word m of every block. With the block number in counter word 0, the first round's products and
-one of the second's do not depend on the seed, so a stretch makes them once (`begin`) and each seed does eight rounds.
+one of the second's do not depend on the seed, so a stretch makes them once (`begin`) and each seed does the last eight rounds.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _eight_rounds(typing: Any, words: Any, tables: Any, j: Any, mix0: Any, mix2:
         p1, p0 = load(builder, at[:2]), load(builder, at[2:])
         c0, c1 = (p1 >> 32) ^ repeat(builder, mix0, 4, 2), p1
         c2, c3 = p0 ^ repeat(builder, mix2, 4, 2), repeat(builder, word3, 4, 2)
-        for _ in range(8):
+        for _ in range(philox.ROUNDS - 2):
             p0, p1 = (c0 & int(MASK)) * int(M0), (c2 & int(MASK)) * int(M1)
             c0, c1 = (p1 >> 32) ^ c1 ^ repeat(builder, key0, 4, 2), p1
             c2, c3 = (p0 >> 32) ^ c3 ^ repeat(builder, key1, 4, 2), p0
