@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from fedtune.directions import Pool, make_family
-from fedtune.directions.cpu.gaussian import box_muller
+from fedtune.directions.cpu.gaussian import normal_planes
+from fedtune.directions.cpu.stretch import BLOCKS, begin, seed_words
 from fedtune.layout import Layout
+from fedtune.philox import MASK32, philox4x32
 
 LAYOUT = Layout.from_shapes([("a", (1,))])
 
@@ -24,6 +26,20 @@ def sample() -> np.ndarray:
     return values.reshape(-1)
 
 
+def pairs(radii: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The normals that words make: cosines and sines. Each half of a block must make the same of the same words."""
+    count = -(-len(radii) // BLOCKS)
+    words, planes = np.zeros((count, 4, BLOCKS), np.uint32), np.empty((count, 4, BLOCKS), np.float32)
+    for m, values in enumerate((radii, turns, radii, turns)):
+        padded = np.zeros(count * BLOCKS, np.uint32)
+        padded[: len(values)] = values
+        words[:, m] = padded.reshape(count, BLOCKS)
+    for each, of in zip(planes, words, strict=True):
+        normal_planes(each, of, BLOCKS)
+    assert np.array_equal(planes[:, :2], planes[:, 2:])
+    return planes[:, 0].reshape(-1)[: len(radii)], planes[:, 1].reshape(-1)[: len(radii)]
+
+
 def exact(radii: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     radius = np.sqrt(-2.0 * np.log((radii + 0.5) / 2.0**32))
     angle = 2.0 * math.pi * turns / 2.0**32
@@ -33,10 +49,9 @@ def exact(radii: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 def test_accuracy_against_exact_functions() -> None:
     rng = np.random.default_rng(3)
     radii, turns = rng.integers(0, 2**32, (2, 1 << 18), dtype=np.uint32)
-    normals = np.zeros(4 * len(radii), np.float32)
-    box_muller(normals, radii, turns)
+    cosines, sines = pairs(radii, turns)
     radius, cosine, sine = exact(radii, turns)
-    error = np.maximum(np.abs(normals[0::4] - cosine), np.abs(normals[1::4] - sine))
+    error = np.maximum(np.abs(cosines - cosine), np.abs(sines - sine))
     assert error[radius > 0.05].max() < 1e-6
     assert error.max() < 3e-4
     assert (radius > 0.05).mean() > 0.998
@@ -46,13 +61,24 @@ def test_the_extreme_words_give_finite_values() -> None:
     edges = [0, 1, 2, 2**24 - 1, 2**24, 2**24 + 1, 2**31, 2**32 - 129, 2**32 - 128, 2**32 - 1]
     eighths = [i * 2**29 + d for i in range(8) for d in (0, 1)] + [i * 2**29 - 1 for i in range(1, 9)]
     radii, turns = (a.reshape(-1).astype(np.uint32) for a in np.meshgrid(edges, eighths))
-    normals = np.zeros(4 * len(radii), np.float32)
-    box_muller(normals, radii, turns)
+    cosines, sines = pairs(radii, turns)
     _, cosine, sine = exact(radii, turns)
-    assert np.isfinite(normals).all()
-    assert np.abs(normals[0::4] - cosine).max() < 3e-4
-    assert np.abs(normals[1::4] - sine).max() < 3e-4
-    assert normals.max() == pytest.approx(math.sqrt(2 * math.log(2**33)), rel=1e-6)
+    assert np.isfinite([cosines, sines]).all()
+    assert np.abs(cosines - cosine).max() < 3e-4
+    assert np.abs(sines - sine).max() < 3e-4
+    assert max(cosines.max(), sines.max()) == pytest.approx(math.sqrt(2 * math.log(2**33)), rel=1e-6)
+
+
+@pytest.mark.parametrize("first", [0, 5, 2**32 - BLOCKS, 2**35 + 1])
+@pytest.mark.parametrize("k", [0, 65535])
+def test_the_words_of_a_stretch_are_those_of_philox(first: int, k: int) -> None:
+    key = np.array([0xFFFFFFFF, 0x12345678])
+    tables, words = np.empty((2, BLOCKS), np.uint64), np.empty((4, BLOCKS), np.uint32)
+    begin(tables, first, BLOCKS, 6, key)
+    seed_words(words, tables, first, BLOCKS, k, key)
+    blocks = np.arange(first, first + BLOCKS)
+    counters = np.stack([blocks & MASK32, blocks >> 32, np.full(BLOCKS, k), np.full(BLOCKS, 6)], axis=1)
+    assert np.array_equal(words.T, philox4x32(counters.astype(np.uint32), (0xFFFFFFFF, 0x12345678)))
 
 
 def test_moments(sample: np.ndarray) -> None:

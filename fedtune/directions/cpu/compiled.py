@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -35,6 +36,14 @@ def kernel(function: Function) -> Function:
         return numba.njit(**OPTIONS)(function)  # type: ignore[no-any-return]
     finally:
         settings.CACHE_DIR = before
+
+
+def instructions(typed: Callable[..., Any]) -> Any:
+    """numba's intrinsic: a function for kernels to call, made of LLVM instructions.
+
+    `typed` gets the types of the arguments and returns the signature and the function that builds the instructions.
+    """
+    return intrinsic(typed)
 
 
 @cache

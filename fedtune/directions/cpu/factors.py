@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from fedtune.directions.cpu.compiled import kernel
-from fedtune.directions.cpu.gaussian import STRETCH, standard_normals
+from fedtune.directions.cpu.gaussian import blocks_of, interleave, normal_planes, scratch
 from fedtune.directions.cpu.signs import copy_unless_same
+from fedtune.directions.cpu.stretch import STRETCH, begin, seed_words
 
 
 @kernel
@@ -21,14 +22,20 @@ def fill(rows: Any, p0: int, stride: int, seeds: Any, scales: Any, purpose: int,
 
     rows float32 [len(seeds) * r, n], seeds int64, scales float32 [len(seeds)].
     """
-    words, normals = np.empty((4, STRETCH >> 2), np.uint32), np.empty(STRETCH, np.float32)
+    tables, words, planes, normals = scratch()
     rank = rows.shape[0] // seeds.shape[0]
     for row in range(rows.shape[0]):
         q, first = row // rank, p0 + (row % rank) * stride
         done = 0
         while done < rows.shape[1]:
-            size = min(STRETCH - (first + done) % STRETCH, rows.shape[1] - done)
-            z = standard_normals(normals, words, first + done, size, seeds[q], purpose, key)
+            p = first + done
+            size = min(STRETCH - p % STRETCH, rows.shape[1] - done)
+            block, count = blocks_of(p, size)
+            begin(tables, block, count, purpose, key)
+            seed_words(words, tables, block, count, seeds[q], key)
+            normal_planes(planes, words, count)
+            interleave(normals, planes, count)
+            z = normals[p & 3 : (p & 3) + size]
             part = rows[row, done : done + size]
             for i in range(size):
                 part[i] = scales[q] * z[i]

@@ -15,11 +15,11 @@ import numpy as np
 
 from fedtune.directions.counters import COLUMNS, SIGNS
 from fedtune.directions.cpu.compiled import kernel
+from fedtune.directions.cpu.permute import permute16
 from fedtune.directions.cpu.philox import SCRATCH, random_words
-from fedtune.directions.cpu.signs import add_signs, copy_unless_same, flip
-from fedtune.directions.cpu.transform import TURN, walsh_hadamard
+from fedtune.directions.cpu.signs import add_flipped, add_signs, copy_flipped, copy_unless_same
+from fedtune.directions.cpu.transform import SMALLEST, walsh_hadamard
 
-POWERS = (np.uint32(1) << np.arange(17, dtype=np.uint32)).astype(np.uint32)
 # Bit i of mask q is bit q of i, so the signs of column c over 32 positions are the xor of the masks of its set bits.
 MASKS = np.array([0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000], dtype=np.uint32)
 
@@ -28,7 +28,7 @@ MASKS = np.array([0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000], d
 def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
     """out[i] = base[i] + c * z_k[p0 + i], from sign bits alone."""
     n = 1 << tile[2]
-    column = np.empty(1, np.uint32)
+    column = np.empty(1, np.uint16)
     words = np.empty(SCRATCH * (min(n, out.shape[0] + 254) >> 7), np.uint32)
     done = 0
     while done < out.shape[0]:
@@ -36,9 +36,9 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
         size = min(n - (p & (n - 1)), out.shape[0] - done)
         run = out[done : done + size]
         copy_unless_same(run, base[done : done + size])
-        columns_of(column, k, p >> tile[2], tile, tile[2], 0)
+        columns_of(column, k, p >> tile[2], tile, tile[2])
         signs = _signs(words, p, size, tile)
-        _column_signs(signs, p >> 7 << 2 & ((n >> 5) - 1), column[0])
+        _column_signs(signs, p >> 7 << 2 & ((n >> 5) - 1), np.uint32(column[0]))
         add_signs(run, signs, p & 127, np.float32(c))
         done += size
 
@@ -47,9 +47,9 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
 def combine(out: Any, base: Any, p0: int, coefficients: Any, tile: Any) -> None:
     """out[i] = base[i] + sum_k coefficients[k] * z_k[p0 + i]."""
     n = 1 << tile[2]
-    sums, spare = np.empty(n, np.float32), np.empty(n, np.float32)
+    sums = np.empty(n, np.float32)
     words = np.empty(SCRATCH * (n >> 7), np.uint32)
-    columns = np.empty(coefficients.shape[0], np.uint32)
+    columns = np.empty(coefficients.shape[0], np.uint16)
     done = 0
     while done < out.shape[0]:
         p = p0 + done
@@ -57,17 +57,12 @@ def combine(out: Any, base: Any, p0: int, coefficients: Any, tile: Any) -> None:
         size = min(n - start, out.shape[0] - done)
         bits = _width(start + size)
         folded = sums[: 1 << bits]
-        folded[:] = np.float32(0.0)
-        columns_of(columns, 0, p >> tile[2], tile, bits, TURN)
-        for k in range(columns.shape[0]):
-            folded[columns[k]] += coefficients[k]
-        walsh_hadamard(folded, spare[: 1 << bits])
-        part = folded[start : start + size]
-        flip(part, _signs(words, p, size, tile), p & 127)
+        columns_of(columns, 0, p >> tile[2], tile, bits)
+        _scatter(folded, columns, coefficients, bits < tile[2])
+        walsh_hadamard(folded)
         run = out[done : done + size]
         copy_unless_same(run, base[done : done + size])
-        for i in range(size):
-            run[i] += part[i]
+        add_flipped(run, folded[start : start + size], _signs(words, p, size, tile), p & 127)
         done += size
 
 
@@ -75,9 +70,9 @@ def combine(out: Any, base: Any, p0: int, coefficients: Any, tile: Any) -> None:
 def project(sums: Any, delta: Any, p0: int, tile: Any) -> None:
     """sums float64 [K] += sum_i delta[i] * z_k[p0 + i]; float32 within a tile, float64 over tiles, in order of position."""
     n = 1 << tile[2]
-    values, spare = np.empty(n, np.float32), np.empty(n, np.float32)
+    values = np.empty(n, np.float32)
     words = np.empty(SCRATCH * (n >> 7), np.uint32)
-    columns = np.empty(sums.shape[0], np.uint32)
+    columns = np.empty(sums.shape[0], np.uint16)
     done = 0
     while done < delta.shape[0]:
         p = p0 + done
@@ -86,39 +81,41 @@ def project(sums: Any, delta: Any, p0: int, tile: Any) -> None:
         bits = _width(start + size)
         width = 1 << bits
         values[:start] = np.float32(0.0)
-        values[start : start + size] = delta[done : done + size]
+        copy_flipped(values[start : start + size], delta[done : done + size], _signs(words, p, size, tile), p & 127)
         values[start + size : width] = np.float32(0.0)
-        flip(values[start : start + size], _signs(words, p, size, tile), p & 127)
-        walsh_hadamard(values[:width], spare[:width])
-        columns_of(columns, 0, p >> tile[2], tile, bits, bits - TURN)
+        walsh_hadamard(values[:width])
+        columns_of(columns, 0, p >> tile[2], tile, bits)
         for k in range(columns.shape[0]):
             sums[k] += np.float64(values[columns[k]])
         done += size
 
 
 @kernel
-def columns_of(columns: Any, first: int, number: int, tile: Any, bits: int, turn: int) -> None:
-    """columns[j] = pi_t(first + j) mod 2^bits, then rotated left by `turn` bits; t = number.
-
-    Numbers have 16 bits at most, so x >> s is (x * 2^(16 - s)) >> 16, which keeps the loop in 32-bit vector lanes: a shift
-    by a variable amount would be done in 64. (The powers are read from memory, or LLVM makes shifts of them again.)
-    """
+def columns_of(columns: Any, first: int, number: int, tile: Any, bits: int) -> None:
+    """columns[j] = pi_t(first + j) mod 2^bits, as uint16; t = number."""
     words = random_words(np.empty(SCRATCH, np.uint32), number, 1, 0, COLUMNS, tile[0], tile[1])
-    mask, fold = np.uint32((1 << tile[2]) - 1), np.uint32((1 << bits) - 1)
-    start = np.uint32(words[3] + np.uint32(first))
-    odd0, odd1, odd2 = np.uint32(words[0] | 1), np.uint32(words[1] | 1), np.uint32(words[2] | 1)
-    add0, add1, add2 = np.uint32(words[0] >> 16), np.uint32(words[1] >> 16), np.uint32(words[2] >> 16)
-    shift0, shift1, shift2 = POWERS[16 - tile[3]], POWERS[16 - tile[4]], POWERS[16 - tile[5]]
-    left, right = POWERS[turn], POWERS[16 - (bits - turn)]
+    mask, fold = np.uint16((1 << tile[2]) - 1), np.uint16((1 << bits) - 1)
+    shift0, shift1, shift2 = np.uint16(tile[3]), np.uint16(tile[4]), np.uint16(tile[5])
+    odd0, odd1, odd2 = np.uint16(words[0] | 1), np.uint16(words[1] | 1), np.uint16(words[2] | 1)
+    add1, add2 = np.uint16(words[1] >> 16), np.uint16(words[2] >> 16)
+    add0 = np.uint16((words[3] + first) * odd0 + (words[0] >> 16))  # so that the first round starts from j itself
     for j in range(columns.shape[0]):
-        x = np.uint32(np.uint32(np.uint32(j) + start) & mask)
-        x = np.uint32(np.uint32(np.uint32(x * odd0) + add0) & mask)
-        x = np.uint32(x ^ np.uint32(np.uint32(x * shift0) >> np.uint32(16)))
-        x = np.uint32(np.uint32(np.uint32(x * odd1) + add1) & mask)
-        x = np.uint32(x ^ np.uint32(np.uint32(x * shift1) >> np.uint32(16)))
-        x = np.uint32(np.uint32(np.uint32(x * odd2) + add2) & mask)
-        x = np.uint32(np.uint32(x ^ np.uint32(np.uint32(x * shift2) >> np.uint32(16))) & fold)
-        columns[j] = np.uint32(np.uint32(x * left) | np.uint32(np.uint32(x * right) >> np.uint32(16))) & fold
+        x = permute16(j, odd0, add0, shift0, mask)
+        x = permute16(x, odd1, add1, shift1, mask)
+        columns[j] = permute16(x, odd2, add2, shift2, mask) & fold
+
+
+@kernel
+def _scatter(sums: Any, columns: Any, coefficients: Any, folded: bool) -> None:
+    """sums[c] = the coefficients of the seeds with column c; seeds meet in a column only if columns are `folded`."""
+    if folded or columns.shape[0] < sums.shape[0]:
+        sums[:] = np.float32(0.0)
+    if folded:
+        for k in range(columns.shape[0]):
+            sums[columns[k]] += coefficients[k]
+    else:
+        for k in range(columns.shape[0]):
+            sums[columns[k]] = coefficients[k]
 
 
 @kernel
@@ -147,8 +144,8 @@ def _column_signs(words: Any, first: int, column: Any) -> None:
 
 @kernel
 def _width(end: int) -> int:
-    """The smallest b >= TURN with 2^b >= end."""
-    bits = TURN
+    """The smallest b >= SMALLEST with 2^b >= end."""
+    bits = SMALLEST
     while 1 << bits < end:
         bits += 1
     return bits

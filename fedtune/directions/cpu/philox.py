@@ -1,6 +1,7 @@
 """Philox4x32-10 compiled: the numbers of `fedtune.philox`, many blocks at a time in vector registers.
 
-Word i of all blocks is computed into a plane of its own: LLVM vectorises that loop, but not one that writes blocks.
+Word i of all blocks is computed into a plane of its own: LLVM vectorises that loop, but not one that writes blocks. High
+halves of the 64-bit numbers are cut off where a product reads them only, which is free: that makes it one of 32 bits.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def random_planes(x0: Any, x1: Any, x2: Any, x3: Any, first: int, k: int, purpos
         c0, c1, c2, c3 = block & MASK, block >> HALF, np.uint64(k), np.uint64(purpose)
         a, b = np.uint64(key0), np.uint64(key1)
         for _ in range(10):
-            p0, p1 = M0 * c0, M1 * c2
-            c0, c1, c2, c3 = (p1 >> HALF) ^ c1 ^ a, p1 & MASK, (p0 >> HALF) ^ c3 ^ b, p0 & MASK
+            p0, p1 = M0 * (c0 & MASK), M1 * (c2 & MASK)
+            c0, c1, c2, c3 = (p1 >> HALF) ^ c1 ^ a, p1, (p0 >> HALF) ^ c3 ^ b, p0
             a, b = (a + W0) & MASK, (b + W1) & MASK
         x0[j] = np.uint32(c0)
         x1[j] = np.uint32(c1)

@@ -41,25 +41,43 @@ def add_signs(out: Any, words: Any, offset: int, c: Any) -> None:
 
 
 @kernel
-def flip(values: Any, words: Any, offset: int) -> None:
-    """values[i] = -values[i] where bit (offset + i) of the uint32 `words` is set."""
+def add_flipped(out: Any, values: Any, words: Any, offset: int) -> None:
+    """out[i] += -values[i] where bit (offset + i) of the uint32 `words` is set, else += values[i]; two arrays."""
     count = values.shape[0]
     head = min(count, (32 - (offset & 31)) & 31)
     for i in range(head):
         bit = offset + i
-        if words[bit >> 5] & LANES[bit & 31] != 0:
-            values[i] = -values[i]
+        out[i] += -values[i] if words[bit >> 5] & LANES[bit & 31] != 0 else values[i]
     first = (offset + head) >> 5
     whole = (count - head) >> 5
     for j in range(whole):
         word = words[first + j]
-        run = values[head + 32 * j : head + 32 * j + 32]
+        run, source = out[head + 32 * j : head + 32 * j + 32], values[head + 32 * j : head + 32 * j + 32]
         for i in range(32):
-            run[i] = -run[i] if word & LANES[i] != 0 else run[i]
+            run[i] += -source[i] if word & LANES[i] != 0 else source[i]
     done = head + 32 * whole
     for i in range(count - done):
-        if words[first + whole] & LANES[i] != 0:
-            values[done + i] = -values[done + i]
+        out[done + i] += -values[done + i] if words[first + whole] & LANES[i] != 0 else values[done + i]
+
+
+@kernel
+def copy_flipped(out: Any, values: Any, words: Any, offset: int) -> None:
+    """out[i] = -values[i] where bit (offset + i) of the uint32 `words` is set, else values[i]; two arrays."""
+    count = values.shape[0]
+    head = min(count, (32 - (offset & 31)) & 31)
+    for i in range(head):
+        bit = offset + i
+        out[i] = -values[i] if words[bit >> 5] & LANES[bit & 31] != 0 else values[i]
+    first = (offset + head) >> 5
+    whole = (count - head) >> 5
+    for j in range(whole):
+        word = words[first + j]
+        run, source = out[head + 32 * j : head + 32 * j + 32], values[head + 32 * j : head + 32 * j + 32]
+        for i in range(32):
+            run[i] = -source[i] if word & LANES[i] != 0 else source[i]
+    done = head + 32 * whole
+    for i in range(count - done):
+        out[done + i] = -values[done + i] if words[first + whole] & LANES[i] != 0 else values[done + i]
 
 
 @kernel

@@ -1,83 +1,93 @@
-"""The fast Walsh-Hadamard transform of one tile, laid out so that every pass runs over contiguous memory.
+"""The fast Walsh-Hadamard transform of one tile, in place and in natural order, eight floats to a vector.
 
-The transform commutes with any permutation of the bits of the index. So the high bits are done in place (butterflies at
-distance 64 and more), and the low six by two passes of constant geometry (Pease, "An adaptation of the fast Fourier
-transform for parallel processing", J. ACM 15, 1968) that read groups of eight and write eight planes, which turns the
-index by three bits each. Whoever calls picks the turned index up where single elements are addressed anyway.
+LLVM vectorises a butterfly over views of one array only behind checks that they do not overlap, and not at all where its
+distance is below a vector's length. So the butterflies on eight vectors are written out as LLVM vectors here, which a
+processor with shorter ones splits: eight times three bits of the index while the values stay in registers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fedtune.directions.cpu.compiled import kernel
+from llvmlite import ir
+from numba import types
 
-TURN = 6
-"""The output's index is the input's, rotated right by this many bits. A tile has at least 2^6 elements."""
+from fedtune.directions.cpu.compiled import instructions, kernel
+
+SMALLEST = 6
+"""log2 of the shortest tile."""
+
+LANES = 8
+INT64 = ir.IntType(64)
+FLOATS = ir.VectorType(ir.FloatType(), LANES)
+BITS = ir.VectorType(ir.IntType(32), LANES)
 
 
 @kernel
-def walsh_hadamard(x: Any, spare: Any) -> None:
-    """x = H x in place, then index i goes to i rotated right by TURN bits; x and spare are float32 [2^b], b >= 6."""
+def walsh_hadamard(x: Any) -> None:
+    """x = H x, H[i, c] = (-1)^popcount(i & c); x is float32 [2^b], b >= SMALLEST.
+
+    The bits of the index are taken from the highest to the lowest, three at a time, but for the highest below 64 * 8.
+    """
     n = x.shape[0]
     h = n
     while h >= 512:
         h >>= 3
-        _radix8(x, h)
+        for i in range(0, n, 8 * h):
+            for j in range(i, i + h, LANES):
+                _eight(x, j, h)
     if h == 256:
-        h >>= 2
-        _radix4(x, h)
+        for i in range(0, n, 256):
+            for j in range(i, i + 64, LANES):
+                _four(x, j, 64)
     elif h == 128:
-        h >>= 1
-        _radix2(x, h)
-    _planes8(spare, x)
-    _planes8(x, spare)
+        for i in range(0, n, 128):
+            for j in range(i, i + 64, LANES):
+                _two(x, j, 64)
+    for i in range(0, n, 64):
+        _sixty_four(x, i, LANES)
 
 
-@kernel
-def _radix2(x: Any, h: int) -> None:
-    for i in range(0, x.shape[0], 2 * h):
-        a, b = x[i : i + h], x[i + h : i + 2 * h]
-        for j in range(h):
-            u, v = a[j], b[j]
-            a[j], b[j] = u + v, u - v
+def _on_vectors(count: int, within: bool) -> Any:
+    """The intrinsic f(x, i, h): butterflies on the vectors at x[i], x[i + h], x[i + 2 h] .. (`count` of them), all with
+    all; with `within` also on the elements of each vector."""
+
+    @instructions
+    def butterflies(typing: Any, x: Any, i: Any, h: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            array, first, step = arguments
+            data = context.make_array(signature.args[0])(context, builder, array).data
+            places = [builder.add(first, builder.mul(step, ir.Constant(INT64, m))) for m in range(count)]
+            pointers = [builder.bitcast(builder.gep(data, [place]), FLOATS.as_pointer()) for place in places]
+            vectors = _between(builder, [builder.load(pointer, align=4) for pointer in pointers])
+            for vector, pointer in zip(vectors, pointers, strict=True):
+                builder.store(_inside(builder, vector) if within else vector, pointer, align=4)
+            return context.get_dummy_value()
+
+        return types.void(x, types.int64, types.int64), build
+
+    return butterflies
 
 
-@kernel
-def _radix4(x: Any, h: int) -> None:
-    for i in range(0, x.shape[0], 4 * h):
-        a, b, c, d = x[i : i + h], x[i + h : i + 2 * h], x[i + 2 * h : i + 3 * h], x[i + 3 * h : i + 4 * h]
-        for j in range(h):
-            s, t, u, v = a[j] + b[j], a[j] - b[j], c[j] + d[j], c[j] - d[j]
-            a[j], b[j], c[j], d[j] = s + u, t + v, s - u, t - v
+def _between(builder: Any, vectors: Sequence[Any]) -> Sequence[Any]:
+    """The transform over the vectors, for each of their elements."""
+    distance = 1
+    while distance < len(vectors):
+        pairs = [(vectors[i & ~distance], vectors[i | distance]) for i in range(len(vectors))]
+        vectors = [builder.fsub(a, b) if i & distance else builder.fadd(a, b) for i, (a, b) in enumerate(pairs)]
+        distance *= 2
+    return vectors
 
 
-@kernel
-def _radix8(x: Any, h: int) -> None:
-    for i in range(0, x.shape[0], 8 * h):
-        a, b, c, d = x[i : i + h], x[i + h : i + 2 * h], x[i + 2 * h : i + 3 * h], x[i + 3 * h : i + 4 * h]
-        e, f, g, k = x[i + 4 * h : i + 5 * h], x[i + 5 * h : i + 6 * h], x[i + 6 * h : i + 7 * h], x[i + 7 * h : i + 8 * h]
-        for j in range(h):
-            s, t, u, v = a[j] + b[j], a[j] - b[j], c[j] + d[j], c[j] - d[j]
-            a0, a1, a2, a3 = s + u, t + v, s - u, t - v
-            s, t, u, v = e[j] + f[j], e[j] - f[j], g[j] + k[j], g[j] - k[j]
-            b0, b1, b2, b3 = s + u, t + v, s - u, t - v
-            a[j], b[j], c[j], d[j] = a0 + b0, a1 + b1, a2 + b2, a3 + b3
-            e[j], f[j], g[j], k[j] = a0 - b0, a1 - b1, a2 - b2, a3 - b3
+def _inside(builder: Any, vector: Any) -> Any:
+    """The transform over the elements of a vector: three times, the neighbours at a distance plus or minus the elements."""
+    for distance in (1, 2, 4):
+        other = builder.shuffle_vector(vector, vector, ir.Constant(BITS, [i ^ distance for i in range(LANES)]))
+        minus = ir.Constant(BITS, [1 << 31 if i & distance else 0 for i in range(LANES)])
+        signed = builder.bitcast(builder.xor(builder.bitcast(vector, BITS), minus), FLOATS)
+        vector = builder.fadd(other, signed)
+    return vector
 
 
-@kernel
-def _planes8(y: Any, x: Any) -> None:
-    """Butterflies on the lowest three bits of the index of x, written with the index rotated right by three."""
-    n = x.shape[0] >> 3
-    a, b, c, d = y[:n], y[n : 2 * n], y[2 * n : 3 * n], y[3 * n : 4 * n]
-    e, f, g, k = y[4 * n : 5 * n], y[5 * n : 6 * n], y[6 * n : 7 * n], y[7 * n : 8 * n]
-    for j in range(n):
-        s, t = x[8 * j] + x[8 * j + 1], x[8 * j] - x[8 * j + 1]
-        u, v = x[8 * j + 2] + x[8 * j + 3], x[8 * j + 2] - x[8 * j + 3]
-        a0, a1, a2, a3 = s + u, t + v, s - u, t - v
-        s, t = x[8 * j + 4] + x[8 * j + 5], x[8 * j + 4] - x[8 * j + 5]
-        u, v = x[8 * j + 6] + x[8 * j + 7], x[8 * j + 6] - x[8 * j + 7]
-        b0, b1, b2, b3 = s + u, t + v, s - u, t - v
-        a[j], b[j], c[j], d[j] = a0 + b0, a1 + b1, a2 + b2, a3 + b3
-        e[j], f[j], g[j], k[j] = a0 - b0, a1 - b1, a2 - b2, a3 - b3
+_two, _four, _eight, _sixty_four = _on_vectors(2, False), _on_vectors(4, False), _on_vectors(8, False), _on_vectors(8, True)
