@@ -39,10 +39,7 @@ class HostBackend(Backend):
 
     def move_and_add(self, weight: Tensor, out: Tensor, p0: int, move: tuple[int, float], add: tuple[int, float]) -> None:
         both = partial(_move_and_add_piece, partial(self._add, *move), partial(self._add, *add))
-        for offset, (source, target) in _rows(weight.detach(), out.detach()):
-            pieces = [(source[a:b], target[a:b], p0 + offset + a) for a, b in _cut(len(source))]
-            for _ in (ordered_map if source.is_cpu else map)(both, pieces):
-                pass
+        _for_pieces(both, weight, out, p0)
 
     def combine(self, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None:
         _apply(partial(self._combine, coefficients), base, out, p0)
@@ -85,11 +82,16 @@ def as_array(tensor: Tensor) -> F32:
 
 def _apply(run: Run, base: Tensor, out: Tensor, p0: int) -> None:
     """`run` over one tensor."""
+    _for_pieces(partial(_apply_piece, run), base, out, p0)
+
+
+def _for_pieces(work: Callable[[tuple[Tensor, Tensor, int]], None], base: Tensor, out: Tensor, p0: int) -> None:
+    """`work` on the pieces (base, out, position) of two tensors of one shape."""
     for offset, (source, target) in _rows(base.detach(), out.detach()):
         cuts = _cut(len(source), PIECES_PER_THREAD * torch.get_num_threads())
         pieces = [(source[a:b], target[a:b], p0 + offset + a) for a, b in cuts]
         each = ordered_map if source.is_cpu and target.is_cpu else map
-        for _ in each(partial(_apply_piece, run), pieces):
+        for _ in each(work, pieces):
             pass
 
 
