@@ -15,7 +15,7 @@ differ in the last bits, as sums in another order do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +23,10 @@ import numpy.typing as npt
 import torch
 
 from fedtune.directions.base import F32, F64, Family, Pool
-from fedtune.directions.counters import LEFT, RIGHT, pool_key
+from fedtune.directions.counters import GAUSSIAN, LEFT, RIGHT, pool_key
 from fedtune.directions.cpu import gaussian
 from fedtune.directions.cpu.factors import add_outer, fill
+from fedtune.errors import DirectionsError
 from fedtune.layout import Entry, Layout
 
 I64 = npt.NDArray[np.int64]
@@ -106,6 +107,55 @@ class Lowrank(Family):
                 sums[chunk] += dots.reshape(len(chunk), rows.rank).sum(axis=1)
 
     # ------------------------------------------------------------------ factors
+
+    def factors(self, index: int, ks: Sequence[int], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of seeds `ks` for tensor `index` of the layout, a matrix [out, in] whose directions have rank r.
+
+        z_k = sum_j left[q, j][:, None] * right[q, j][None, :] with k = ks[q]: added up in float32, j ascending, these are
+        the bits that `add` uses.
+
+        Returns:
+            left float32 [len(ks), r, out], the a_j, and right float32 [len(ks), r, in], the b_j / sqrt(r), on `device`.
+
+        Raises:
+            DirectionsError: the tensor is not a matrix, or a seed is not one of the pool.
+        """
+        entry, seeds = self._shaped_entry(index, 2), self._numbers(ks)
+        (height, width), rank = entry.shape, min(self.pool.rank, *entry.shape)
+        rows = Rows(0, entry.numel, entry.origin, 0, height, width, rank)
+        left, right = self._left(rows, seeds, np.ones(len(seeds), np.float32)), self._right(rows, seeds)
+        return (
+            torch.from_numpy(left).view(len(seeds), rank, height).to(device),
+            torch.from_numpy(right).view(len(seeds), rank, width).to(device),
+        )
+
+    def vector(self, index: int, ks: Sequence[int], device: torch.device | str) -> torch.Tensor:
+        """float32 [len(ks), n] on `device`: the directions of seeds `ks` for tensor `index`, a vector of n elements.
+
+        Raises:
+            DirectionsError: the tensor is not a vector, or a seed is not one of the pool.
+        """
+        entry, seeds = self._shaped_entry(index, 1), self._numbers(ks)
+        rows = np.empty((len(seeds), entry.numel), np.float32)
+        fill(rows, entry.origin, entry.numel, seeds, np.ones(len(seeds), np.float32), GAUSSIAN, self._key)
+        return torch.from_numpy(rows).to(device)
+
+    def _shaped_entry(self, index: int, dimensions: int) -> Entry:
+        entry = self.layout.entries[index]
+        if len(entry.shape) != dimensions:
+            raise DirectionsError(
+                f"'{entry.name}' has shape {list(entry.shape)}: factors are those of a tensor of 2 dimensions, "
+                "and a vector has 1.",
+                name=entry.name,
+            )
+        return entry
+
+    def _numbers(self, ks: Sequence[int]) -> I64:
+        """int64: the seeds, checked."""
+        for k in ks:
+            if not 0 <= k < self.pool.size:
+                raise DirectionsError(f"There is no seed number {k}: the pool has {self.pool.size} seeds, counted from 0.", k=k)
+        return np.array(ks, dtype=np.int64)
 
     def _left(self, rows: Rows, seeds: I64, scales: F32) -> F32:
         """float32 [len(seeds) * r, rows]: the parts of the a_j that belong to the rows, times the scale of the seed."""

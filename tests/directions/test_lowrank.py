@@ -10,7 +10,9 @@ import torch
 
 from fedtune.directions import Directions, Pool, engine, host, rows
 from fedtune.directions.base import F64
+from fedtune.directions.lowrank import Lowrank
 from fedtune.directions.oracle import dense
+from fedtune.errors import DirectionsError
 from fedtune.layout import Layout
 
 K = 5
@@ -99,3 +101,39 @@ def test_more_seeds_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = generator.random((1, size)) < 0.3
     got = found.project(enumerate(out), wanted)
     assert np.allclose(got, np.where(wanted, oracle @ flat(out), 0.0), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 64])
+def test_factors_are_those_that_add_uses(rank: int) -> None:
+    found, tensors = directions(rank)
+    family, seeds, c = found.family, (4, 0, 4, 2), np.float32(0.3)
+    assert isinstance(family, Lowrank)
+    for index in (0, 4, 5):
+        height, width = LAYOUT.entries[index].shape
+        left, right = family.factors(index, seeds, "cpu")
+        assert left.shape == (4, min(rank, height, width), height)
+        assert right.shape == (4, min(rank, height, width), width)
+        for q, k in enumerate(seeds):
+            z = torch.zeros(height, width)
+            for a, b in zip(left[q], right[q], strict=True):
+                z += a[:, None] * b[None, :]
+            added = tensors[index].clone()
+            found.perturb(index, tensors[index], added, k, float(c))
+            assert torch.equal(added, tensors[index] + torch.tensor(c) * z)
+    vectors = family.vector(1, seeds, "cpu")
+    for q, k in enumerate(seeds):
+        added = tensors[1].clone()
+        found.perturb(1, tensors[1], added, k, float(c))
+        assert torch.equal(added, tensors[1] + torch.tensor(c) * vectors[q])
+
+
+def test_factors_of_other_shapes_and_seeds_are_refused() -> None:
+    family = directions()[0].family
+    assert isinstance(family, Lowrank)
+    with pytest.raises(DirectionsError, match=r"'bias' has shape \[33\]: factors are those of a tensor of 2 dimensions"):
+        family.factors(1, [0], "cpu")
+    with pytest.raises(DirectionsError, match=r"'matrix' has shape \[33, 50\]: .* a vector has 1"):
+        family.vector(0, [0], "cpu")
+    for k in (-1, K):
+        with pytest.raises(DirectionsError, match=f"no seed number {k}: the pool has {K} seeds"):
+            family.factors(0, [0, k], "cpu")
