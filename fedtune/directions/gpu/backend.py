@@ -29,7 +29,7 @@ JOINED = 128  # seeds whose groups one program sums
 
 
 class TritonBackend(Backend):
-    """The Triton kernels of the family of `pool`."""
+    """The Triton kernels of the family of `pool`; of lowrank, the directions of vectors."""
 
     def __init__(self, pool: Pool) -> None:
         self._kernels = _Hadamard(pool) if pool.family == "hadamard" else _Independent(pool)
@@ -95,7 +95,7 @@ class _Independent(_Kernels):
 
     def __init__(self, pool: Pool) -> None:
         self._key = tuple(map(signed, pool_key(pool)))
-        self._family: Any = {"rademacher": rademacher, "gaussian": gaussian}[pool.family]
+        self._family: Any = rademacher if pool.family == "rademacher" else gaussian
 
     def add(self, stretches: int, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
         launch(self._family.add, (stretches,), out.device, out, base, p0, len(out), k, c, *self._key)

@@ -16,7 +16,7 @@ import triton
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-VARYING = ("k", "c", "count", "size", "groups", "per_group", "key0", "key1")
+VARYING = ("k", "c", "count", "size", "groups", "per_group", "stride", "rank", "purpose", "key0", "key1")
 WARPS = 8
 
 
