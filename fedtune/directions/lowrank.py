@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedtune.directions.base import F32, F64, Family, Pool
+from fedtune.directions.base import F32, F64, MAX_RANK, Family, Pool
 from fedtune.directions.choice import filler
 from fedtune.directions.counters import GAUSSIAN, LEFT, RIGHT, pool_key
 from fedtune.directions.cpu import gaussian
@@ -35,7 +35,7 @@ from fedtune.layout import Entry, Layout
 
 I64 = npt.NDArray[np.int64]
 CPU = torch.device("cpu")
-CHUNK_ROWS = 256  # rows of a factor matrix that are in memory at a time
+CHUNK_ROWS = MAX_RANK  # rows of a factor matrix that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -192,5 +192,5 @@ class Lowrank(Family):
 
 def chunks(seeds: I64, rank: int) -> list[I64]:
     """The seeds, cut into those whose factors are in memory at a time."""
-    step = max(1, CHUNK_ROWS // rank)
+    step = CHUNK_ROWS // rank
     return [seeds[a : a + step] for a in range(0, len(seeds), step)]
