@@ -74,12 +74,12 @@ def all_calls() -> dict[str, Call]:
     edges = torch.tensor([0.0, -0.0, 1e-40, 3e38, -3e38, 65504.0, float("inf"), float("nan")])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         calls[f"hadamard: add, edges in {dtype}"] = Call(pool, "add", edges.to(dtype), 0, (1, 33.0))
-    for shape, rank in (((9, 70), 1), ((2, 5, 7), 3), ((4100, 1), 1), ((300,), 1)):
-        low = Pool("lowrank", 2**63 + 77, 6, rank=rank)
-        base = values(int(np.prod(shape))).view(shape)
-        for operation, argument in operations(low).items():
-            calls[f"lowrank: {operation}, {list(shape)}"] = Call(low, operation, base, 0, argument)
-        calls[f"lowrank: add, {list(shape)}, bfloat16"] = Call(low, "add", base.bfloat16(), 0, (5, 0.3), strided=True)
+    low = Pool("lowrank", 2**63 + 77, 6, rank=2)
+    for operation, argument in operations(low).items():
+        calls[f"lowrank: {operation}"] = Call(low, operation, values(35).view(5, 7), 0, argument)
+    calls["lowrank: add, a vector"] = Call(low, "add", values(9), 0, (5, 0.3))
+    calls["lowrank: add, rows of three stretches"] = Call(low, "add", values(2 * 8200).view(2, 8200), 0, (5, 0.3))
+    calls["lowrank: add, bfloat16"] = Call(low, "add", values(630, torch.bfloat16).view(9, 70), 0, (5, 0.3), strided=True)
     calls["hadamard: combine, zeros"] = Call(pool, "combine", edges, 0, np.zeros(pool.size, dtype=np.float32))
     return calls
 

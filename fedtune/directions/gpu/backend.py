@@ -36,18 +36,18 @@ class TritonBackend(Backend):
 
     def add(self, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
         with _Flat(out, base) as (target, source):
-            if stretches := _stretches(p0, len(target)):
+            if stretches := stretches_of(p0, len(target)):
                 self._kernels.add(stretches, target, source, p0, k, float(np.float32(c)))
 
     def combine(self, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None:
         with _Flat(out, base) as (target, source):
-            if stretches := _stretches(p0, len(target)):
+            if stretches := stretches_of(p0, len(target)):
                 self._kernels.combine(stretches, target, source, p0, coefficients)
 
     def project(self, sums: F64, delta: Tensor, p0: int, wanted: Bools | None) -> None:
         row = delta.detach().reshape(-1)
         seeds = np.arange(len(sums)) if wanted is None else np.flatnonzero(wanted)
-        stretches = _stretches(p0, len(row))
+        stretches = stretches_of(p0, len(row))
         if stretches and len(seeds):
             sums[seeds] += self._kernels.project(_Groups(stretches), row, p0, seeds.astype(np.int32)).cpu().numpy()
 
@@ -143,7 +143,7 @@ class _Flat:
             self._out.copy_(self._target)
 
 
-def _stretches(p0: int, length: int) -> int:
+def stretches_of(p0: int, length: int) -> int:
     """How many stretches the positions p0 .. p0 + length - 1 touch; 0 for an empty tensor."""
     return -(-(p0 + length) // SIZE) - p0 // SIZE if length else 0
 

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fedtune.directions.factors import Factor
+from fedtune.directions.gpu.backend import stretches_of
 from fedtune.directions.gpu.compiled import kernel, launch, signed
 from fedtune.directions.gpu.gaussian import direction
-from fedtune.directions.gpu.philox import STRETCH
 from fedtune.directions.gpu.stretch import start_of, write
 
 
@@ -42,7 +42,7 @@ def fill(factor: Factor, device: torch.device) -> Tensor:
         return rows
     seeds = torch.from_numpy(factor.seeds.astype(np.int32)).to(device)
     scales = torch.from_numpy(factor.scales).to(device)
-    grid = (len(rows), (factor.length - 1) // STRETCH.value + 2)  # a row that starts inside a stretch may end in one more
+    most = max(stretches_of(factor.p0 + j * factor.stride, factor.length) for j in range(factor.rank))
     numbers = (factor.p0, factor.stride, factor.length, factor.rank, factor.purpose)
-    launch(fill_rows, grid, device, rows, seeds, scales, *numbers, *map(signed, factor.key))
+    launch(fill_rows, (len(rows), most), device, rows, seeds, scales, *numbers, *map(signed, factor.key))
     return rows
