@@ -24,7 +24,8 @@ from fedtune.layout import Layout
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-MAX_POOL = 65536
+MAX_POOL = 65536  # the largest tile of family hadamard
+MAX_RANK = 256  # of family lowrank: the factors of one seed are made at once
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Pool:
             raise DirectionsError(f"A pool has 1 to {MAX_POOL} seeds, not {self.size}: lower K.", size=self.size)
         if self.candidates and len(self.candidates) != self.size:
             raise DirectionsError(f"The pool has {self.size} seeds but {len(self.candidates)} candidates were given.")
-        if self.rank < 1:
-            raise DirectionsError(f"A direction has rank 1 at least, not {self.rank}.", rank=self.rank)
+        if not 1 <= self.rank <= MAX_RANK:
+            raise DirectionsError(f"A direction has rank 1 to {MAX_RANK}, not {self.rank}: change rank.", rank=self.rank)
 
     @property
     def identity(self) -> bytes:

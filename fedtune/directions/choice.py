@@ -1,8 +1,11 @@
 """Which kernels work on the tensors of a device, and why.
 
 numba       on the CPU, in place
-triton      on a CUDA device, in place: hadamard, rademacher and gaussian
-host        on anything else: chunk by chunk through host memory, with the kernels of the CPU; slow
+triton      on a CUDA device, in place
+torch       on any other device, and on CUDA where Triton cannot run: ordinary torch operations there
+host        families that torch's own CPU generator draws, on any other device: chunk by chunk through host memory; slow
+
+Of family lowrank the last word is the device's matrix products; triton and torch say what makes its factors.
 """
 
 from __future__ import annotations
@@ -10,17 +13,19 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+from functools import lru_cache
 
 import torch
 
 from fedtune.directions.backends import Backend
 from fedtune.directions.base import Family
+from fedtune.directions.factors import Fill
 from fedtune.directions.host import HostBackend
 from fedtune.directions.rows import RowsBackend
 from fedtune.errors import DirectionsError
 
-KERNELS = ("numba", "triton", "host")
-IN_TRITON = ("hadamard", "rademacher", "gaussian")
+KERNELS = ("numba", "triton", "torch", "host")
+COUNTED = ("hadamard", "rademacher", "gaussian", "lowrank")  # families that triton and torch have
 OLDEST_TRITON = (3, 6)
 OLDEST_DEVICE = (8, 0)  # compute capability, Triton's own bound
 
@@ -29,10 +34,12 @@ def choose_kernels(device: torch.device, family: str) -> tuple[str, str]:
     """(name, reason) of the kernels for tensors on `device`."""
     if device.type == "cpu":
         return "numba", "the tensors are on the CPU"
-    missing = _missing_for_triton(device, family)
+    if family not in COUNTED:
+        return "host", f"family {family} is drawn on the CPU, so tensors go through host memory, slowly"
+    missing = _missing_for_triton(device)
     if missing is None:
         return "triton", "the tensors are on a CUDA device"
-    return "host", f"{missing}, so tensors go through host memory, slowly"
+    return "torch", f"{missing}, so torch operations work on the device, more slowly than kernels"
 
 
 def kernels_note(device: torch.device, family: str) -> str:
@@ -49,23 +56,49 @@ def make_backend(name: str, family: Family) -> Backend:
     """
     if name not in KERNELS:
         raise DirectionsError(f"There are no kernels called '{name}': use one of {', '.join(KERNELS)}.", name=name)
-    if name != "triton":
+    if name in ("numba", "host"):
         return RowsBackend(family) if family.shaped else HostBackend(family)
-    if family.name not in IN_TRITON:
+    if family.name not in COUNTED:
         raise DirectionsError(
-            f"Family '{family.name}' has no Triton kernels, only {', '.join(IN_TRITON)} have: use 'host'.", family=family.name
+            f"Family '{family.name}' has no {name} kernels, only {', '.join(COUNTED)} have: use 'host'.", family=family.name
         )
+    plain = _plain(name, family)
+    from fedtune.directions.lowrank import Lowrank
+    from fedtune.directions.products import ProductsBackend
+
+    return ProductsBackend(family, plain, _fill(name)) if isinstance(family, Lowrank) else plain
+
+
+@lru_cache(maxsize=8)
+def filler(device: torch.device) -> Fill:
+    """What makes the factors of family lowrank on `device`: one call of it is a launch, so the choice is kept."""
+    return _fill(choose_kernels(device, "lowrank")[0])
+
+
+def _plain(name: str, family: Family) -> Backend:
+    if name == "torch":
+        from fedtune.directions.torch_ops.backend import TorchBackend
+
+        return TorchBackend(family.pool)
     from fedtune.directions.gpu.backend import TritonBackend
 
     return TritonBackend(family.pool)
 
 
-def _missing_for_triton(device: torch.device, family: str) -> str | None:  # noqa: PLR0911 - one reason each
+def _fill(name: str) -> Fill:
+    if name == "triton":
+        from fedtune.directions.gpu.factors import fill
+    elif name == "torch":
+        from fedtune.directions.torch_ops.factors import fill
+    else:
+        from fedtune.directions.factors import fill
+    return fill
+
+
+def _missing_for_triton(device: torch.device) -> str | None:
     """What keeps Triton from working on `device`; None if nothing does."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"there are no kernels for {'ROCm' if device.type == 'cuda' else device.type}"
-    if family not in IN_TRITON:
-        return f"family {family} has no kernels for CUDA"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_DEVICE:
         return f"the device has compute capability {_dotted(capability)} and Triton needs {_dotted(OLDEST_DEVICE)}"

@@ -30,7 +30,8 @@ class Directions:
         kernels: those to use for every tensor, by name (see `choice.py`); None chooses by the tensors' device.
 
     Raises (every method):
-        DirectionsError: an unknown family, a seed number outside the pool, a tensor or array of another shape or dtype.
+        DirectionsError: an unknown family, a seed number outside the pool, a tensor or array of another shape or
+            dtype, a tensor that is not dense or has no values.
     """
 
     def __init__(self, layout: Layout, pool: Pool, kernels: str | None = None) -> None:
@@ -212,6 +213,7 @@ class Combination:
         if not self._steps:
             out.copy_(base)
             return
+        _check(self._steps[0][0].layout.entries[index], base, out)
         source = base.detach().to(out.device)
         between = out if out.dtype == torch.float32 else None
         for number, (directions, rows) in enumerate(self._steps, 1):
@@ -220,19 +222,31 @@ class Combination:
                 between = torch.empty(out.shape, device=out.device)
             target = out if last or between is None else between
             entry = directions.layout.entries[index]
-            _check(entry, source, target)
             directions._backend(source, target).combine(target, source, entry.origin, rows[entry.block])
             source = target
 
 
 def _check(entry: Entry, *tensors: Tensor) -> None:
+    """Refuse tensors that no kernels can work on as those of `entry`."""
     for tensor in tensors:
         if tuple(tensor.shape) != entry.shape:
             raise DirectionsError(
                 f"'{entry.name}' has shape {list(entry.shape)} in the layout, but a tensor of {list(tensor.shape)} was given.",
                 name=entry.name,
             )
+        if tensor.layout is not torch.strided:
+            raise DirectionsError(
+                f"'{entry.name}' has the layout {tensor.layout}: directions work on dense tensors (torch.strided); "
+                "call to_dense() first.",
+                name=entry.name,
+            )
         if tensor.dtype not in DTYPES:
             raise DirectionsError(
                 f"'{entry.name}' is {tensor.dtype}: directions work on float32, bfloat16 and float16 tensors.", name=entry.name
+            )
+        if tensor.is_meta:
+            raise DirectionsError(
+                f"'{entry.name}' is on the device meta, where tensors have no values: "
+                "directions work on cpu, cuda, mps and xpu; load the weights there.",
+                name=entry.name,
             )

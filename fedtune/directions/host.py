@@ -71,7 +71,7 @@ class HostBackend(Backend):
 
 def is_direct(tensor: Tensor) -> bool:
     """Whether a family can work on the tensor's own memory."""
-    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.layout is torch.strided and tensor.is_contiguous()
 
 
 def as_array(tensor: Tensor) -> F32:

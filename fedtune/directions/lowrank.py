@@ -9,7 +9,7 @@ LOZO (arXiv 2410.07698).
 
 `add` makes its float32 numbers by the same operations everywhere. `combine` and `project` are matrix products over the
 pool, in chunks that the shape fixes, by torch's BLAS: replicas of one machine, library and thread count agree, others may
-differ in the last bits, as sums in another order do.
+differ in the last bits, as sums in another order do. This file works on host memory; `products.py` is for other devices.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from fedtune.directions.base import F32, F64, Family, Pool
+from fedtune.directions.base import F32, F64, MAX_RANK, Family, Pool
+from fedtune.directions.choice import filler
 from fedtune.directions.counters import GAUSSIAN, LEFT, RIGHT, pool_key
 from fedtune.directions.cpu import gaussian
-from fedtune.directions.cpu.factors import add_outer, fill
+from fedtune.directions.cpu.factors import add_outer
+from fedtune.directions.factors import Factor, fill
+from fedtune.directions.precision import full_float32
 from fedtune.errors import DirectionsError
 from fedtune.layout import Entry, Layout
 
 I64 = npt.NDArray[np.int64]
-CHUNK_ROWS = 256  # rows of a factor matrix that are in memory at a time
+CPU = torch.device("cpu")
+CHUNK_ROWS = MAX_RANK  # rows of a factor matrix that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -63,57 +68,60 @@ class Lowrank(Family):
 
     def __init__(self, pool: Pool, layout: Layout) -> None:
         super().__init__(pool, layout)
-        self._key = np.array(pool_key(pool), dtype=np.int64)
+        self._words = pool_key(pool)
+        self._key = np.array(self._words, dtype=np.int64)
         self._origins = np.array([entry.origin for entry in layout.entries])
 
     def add(self, out: F32, base: F32, p0: int, k: int, c: float) -> None:
-        entry = self._entry(p0)
+        entry = self.entry_at(p0)
         if len(entry.shape) < 2:
             gaussian.add(out, base, p0, k, c, self._key)
             return
         seeds, ones = np.array([k]), np.ones(1, np.float32)
-        for rows in self._rows(entry, p0, len(out)):
+        for rows in self.rows(entry, p0, len(out)):
             shape = (-1, rows.width)
-            left, right = self._left(rows, seeds, ones), self._right(rows, seeds)
+            left, right = fill(self.left(rows, seeds, ones), CPU).numpy(), fill(self.right(rows, seeds), CPU).numpy()
             here, source = out[rows.start : rows.stop].reshape(shape), base[rows.start : rows.stop].reshape(shape)
             add_outer(here, source, left, right, c)
 
     def combine(self, out: F32, base: F32, p0: int, coefficients: F32) -> None:
-        entry = self._entry(p0)
+        entry = self.entry_at(p0)
         if len(entry.shape) < 2:
             gaussian.combine(out, base, p0, coefficients, self._key)
             return
         seeds = np.flatnonzero(coefficients)
-        for rows in self._rows(entry, p0, len(out)):
+        for rows in self.rows(entry, p0, len(out)):
             sums = torch.zeros((rows.stop - rows.start) // rows.width, rows.width)
-            for chunk in _chunks(seeds, rows.rank):
-                left, right = self._left(rows, chunk, coefficients[chunk]), self._right(rows, chunk)
-                sums.addmm_(torch.from_numpy(left).T, torch.from_numpy(right))
+            for chunk in chunks(seeds, rows.rank):
+                left, right = fill(self.left(rows, chunk, coefficients[chunk]), CPU), fill(self.right(rows, chunk), CPU)
+                with full_float32():
+                    sums.addmm_(left.T, right)
             part = slice(rows.start, rows.stop)
             np.add(base[part], sums.numpy().reshape(-1), out=out[part])
 
     def project(self, sums: F64, delta: F32, p0: int, wanted: npt.NDArray[np.bool_] | None) -> None:
         """See the base class; a sum depends on which seeds are wanted in its last bits, as matrix products do."""
-        entry = self._entry(p0)
+        entry = self.entry_at(p0)
         seeds = np.arange(self.pool.size) if wanted is None else np.flatnonzero(wanted)
         if len(entry.shape) < 2:
             gaussian.project(sums, delta, p0, seeds, self._key)
             return
-        for rows in self._rows(entry, p0, len(delta)):
+        for rows in self.rows(entry, p0, len(delta)):
             matrix = torch.from_numpy(delta[rows.start : rows.stop].reshape(-1, rows.width))
-            for chunk in _chunks(seeds, rows.rank):
-                left = self._left(rows, chunk, np.ones(len(chunk), np.float32))
-                products = torch.from_numpy(self._right(rows, chunk)) @ matrix.T  # [chunk * r, rows]
+            for chunk in chunks(seeds, rows.rank):
+                left = fill(self.left(rows, chunk, np.ones(len(chunk), np.float32)), CPU).numpy()
+                with full_float32():
+                    products = fill(self.right(rows, chunk), CPU) @ matrix.T  # [chunk * r, rows]
                 dots = np.einsum("ij,ij->i", left, products.numpy(), dtype=np.float64)
                 sums[chunk] += dots.reshape(len(chunk), rows.rank).sum(axis=1)
 
     # ------------------------------------------------------------------ factors
 
-    def factors(self, index: int, ks: Sequence[int], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, index: int, ks: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
         """The factors of seeds `ks` for tensor `index` of the layout, a matrix [out, in] whose directions have rank r.
 
         z_k = sum_j left[q, j][:, None] * right[q, j][None, :] with k = ks[q]: added up in float32, j ascending, these are
-        the bits that `add` uses.
+        the bits that `add` uses. They are made on `device`, by its kernels.
 
         Returns:
             left float32 [len(ks), r, out], the a_j, and right float32 [len(ks), r, in], the b_j / sqrt(r), on `device`.
@@ -121,27 +129,34 @@ class Lowrank(Family):
         Raises:
             DirectionsError: the tensor is not a matrix, or a seed is not one of the pool.
         """
-        entry, seeds = self._shaped_entry(index, 2), self._numbers(ks)
-        (height, width), rank = entry.shape, min(self.pool.rank, *entry.shape)
-        rows = Rows(0, entry.numel, entry.origin, 0, height, width, rank)
-        left, right = self._left(rows, seeds, np.ones(len(seeds), np.float32)), self._right(rows, seeds)
-        return (
-            torch.from_numpy(left).view(len(seeds), rank, height).to(device),
-            torch.from_numpy(right).view(len(seeds), rank, width).to(device),
-        )
+        entry, seeds, where = self._of_dimensions(index, 2), self._numbers(ks), torch.device(device)
+        make = filler(where)
+        (rows,) = self.rows(entry, entry.origin, entry.numel)
+        left = make(self.left(rows, seeds, np.ones(len(seeds), np.float32)), where)
+        right = make(self.right(rows, seeds), where)
+        return left.view(len(seeds), rows.rank, -1), right.view(len(seeds), rows.rank, -1)
 
-    def vector(self, index: int, ks: Sequence[int], device: torch.device | str) -> torch.Tensor:
+    def vector(self, index: int, ks: Sequence[int], device: torch.device | str) -> Tensor:
         """float32 [len(ks), n] on `device`: the directions of seeds `ks` for tensor `index`, a vector of n elements.
 
         Raises:
             DirectionsError: the tensor is not a vector, or a seed is not one of the pool.
         """
-        entry, seeds = self._shaped_entry(index, 1), self._numbers(ks)
-        rows = np.empty((len(seeds), entry.numel), np.float32)
-        fill(rows, entry.origin, entry.numel, seeds, np.ones(len(seeds), np.float32), GAUSSIAN, self._key)
-        return torch.from_numpy(rows).to(device)
+        entry, seeds, where = self._of_dimensions(index, 1), self._numbers(ks), torch.device(device)
+        ones = np.ones(len(seeds), np.float32)
+        return filler(where)(Factor(GAUSSIAN, entry.origin, entry.numel, 1, entry.numel, seeds, ones, self._words), where)
 
-    def _shaped_entry(self, index: int, dimensions: int) -> Entry:
+    def left(self, rows: Rows, seeds: I64, scales: F32) -> Factor:
+        """[len(seeds) * r, rows]: the parts of the a_j that belong to the rows, times the scale of the seed."""
+        count = (rows.stop - rows.start) // rows.width
+        return Factor(LEFT, rows.origin + rows.first, rows.height, rows.rank, count, seeds, scales, self._words)
+
+    def right(self, rows: Rows, seeds: I64) -> Factor:
+        """[len(seeds) * r, in]: the b_j / sqrt(r)."""
+        scales = np.full(len(seeds), 1.0 / math.sqrt(rows.rank), np.float32)
+        return Factor(RIGHT, rows.origin, rows.width, rows.rank, rows.width, seeds, scales, self._words)
+
+    def _of_dimensions(self, index: int, dimensions: int) -> Entry:
         entry = self.layout.entries[index]
         if len(entry.shape) != dimensions:
             raise DirectionsError(
@@ -158,26 +173,13 @@ class Lowrank(Family):
                 raise DirectionsError(f"There is no seed number {k}: the pool has {self.pool.size} seeds, counted from 0.", k=k)
         return np.array(ks, dtype=np.int64)
 
-    def _left(self, rows: Rows, seeds: I64, scales: F32) -> F32:
-        """float32 [len(seeds) * r, rows]: the parts of the a_j that belong to the rows, times the scale of the seed."""
-        count = (rows.stop - rows.start) // rows.width
-        factors = np.empty((len(seeds) * rows.rank, count), np.float32)
-        fill(factors, rows.origin + rows.first, rows.height, seeds, scales, LEFT, self._key)
-        return factors
-
-    def _right(self, rows: Rows, seeds: I64) -> F32:
-        """float32 [len(seeds) * r, in]: the b_j / sqrt(r)."""
-        factors = np.empty((len(seeds) * rows.rank, rows.width), np.float32)
-        scales = np.full(len(seeds), 1.0 / math.sqrt(rows.rank), np.float32)
-        fill(factors, rows.origin, rows.width, seeds, scales, RIGHT, self._key)
-        return factors
-
     # ------------------------------------------------------------------ where a run is
 
-    def _entry(self, p0: int) -> Entry:
+    def entry_at(self, p0: int) -> Entry:
+        """The tensor that position p0 belongs to."""
         return self.layout.entries[int(np.searchsorted(self._origins, p0, side="right")) - 1]
 
-    def _rows(self, entry: Entry, p0: int, length: int) -> Iterator[Rows]:
+    def rows(self, entry: Entry, p0: int, length: int) -> Iterator[Rows]:
         """The run as rows of the matrices that it goes through."""
         height, width = entry.shape[-2:]
         rank, size = min(self.pool.rank, height, width), height * width
@@ -189,6 +191,7 @@ class Lowrank(Family):
             done += count
 
 
-def _chunks(seeds: I64, rank: int) -> list[I64]:
-    step = max(1, CHUNK_ROWS // rank)
+def chunks(seeds: I64, rank: int) -> list[I64]:
+    """The seeds, cut into those whose factors are in memory at a time."""
+    step = CHUNK_ROWS // rank
     return [seeds[a : a + step] for a in range(0, len(seeds), step)]

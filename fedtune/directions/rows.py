@@ -39,13 +39,13 @@ class RowsBackend(HostBackend):
         if delta.dim() < 2:
             super().project(sums, delta, p0, wanted)
             return
-        for offset, (rows,) in _whole_rows(delta.detach()):
+        for offset, (rows,) in whole_rows(delta.detach()):
             host = rows.to(device="cpu", dtype=torch.float32).contiguous()
             self.family.project(sums, as_array(host.view(-1)), p0 + offset, wanted)
 
 
 def _apply_rows(run: Callable[[F32, F32, int], None], base: Tensor, out: Tensor, p0: int) -> None:
-    for offset, (source, target) in _whole_rows(base, out):
+    for offset, (source, target) in whole_rows(base, out):
         if is_direct(source) and is_direct(target):
             run(as_array(target.view(-1)), as_array(source.view(-1)), p0 + offset)
         else:
@@ -55,7 +55,7 @@ def _apply_rows(run: Callable[[F32, F32, int], None], base: Tensor, out: Tensor,
             target.copy_(scratch)
 
 
-def _whole_rows(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def whole_rows(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """(offset, 2-D views) that cover tensors of one shape, of two or more dimensions, by whole rows of their matrices."""
     height, *rest = tensors[0].shape
     size = math.prod(rest)
@@ -64,5 +64,5 @@ def _whole_rows(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         if len(rest) == 1:
             yield a * size, tuple(t[a : a + step] for t in tensors)
         else:
-            for offset, views in _whole_rows(*(t[a] for t in tensors)):
+            for offset, views in whole_rows(*(t[a] for t in tensors)):
                 yield a * size + offset, views

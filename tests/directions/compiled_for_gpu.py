@@ -10,10 +10,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fedtune.directions.counters import column_shifts
-from fedtune.directions.gpu import gaussian, hadamard, rademacher, stretch
+from fedtune.directions.gpu import factors, gaussian, hadamard, rademacher, stretch
 from fedtune.directions.gpu.compiled import WARPS
 
-TYPES = {"p0": "i64", "c": "fp32", "coefficients": "*fp32", "seeds": "*i32", "partial": "*fp64", "sums": "*fp64"}
+TYPES = {"p0": "i64", "c": "fp32", "coefficients": "*fp32", "scales": "*fp32", "seeds": "*i32"}
+TYPES |= {"partial": "*fp64", "sums": "*fp64"}
 TENSORS = ("out", "base", "delta")
 
 
@@ -31,11 +32,17 @@ def compile_for(capability: int, function: object, dtype: str, bits: int) -> str
     return str(compiled.asm["ptx"])
 
 
+def bad_in(ptx: str) -> list[str]:
+    """Fused, flushing, approximate and unordered instructions."""
+    return sorted(set(re.findall(r"\bfma\.\S+|\S+\.ftz\S*|\S+\.approx\S*|\batom\.\S+|\bred\.\S+", ptx)))
+
+
 if __name__ == "__main__":
+    target = int(sys.argv[1])
     for module in (hadamard, rademacher, gaussian):
         for name in ("add", "combine", "project"):
             for dtype, bits in [("fp32", 12)] + ([("bf16", 16)] if module is hadamard else []):
-                ptx = compile_for(int(sys.argv[1]), getattr(module, name), dtype, bits)
-                bad = set(re.findall(r"\bfma\.\S+|\S+\.ftz\S*|\S+\.approx\S*|\batom\.\S+|\bred\.\S+", ptx))
-                print(module.__name__, name, dtype, bits, *sorted(bad))
-    compile_for(int(sys.argv[1]), stretch.join, "fp32", 12)
+                ptx = compile_for(target, getattr(module, name), dtype, bits)
+                print(module.__name__, name, dtype, bits, *bad_in(ptx))
+    print(factors.__name__, "fill_rows", "fp32", 0, *bad_in(compile_for(target, factors.fill_rows, "fp32", 12)))
+    compile_for(target, stretch.join, "fp32", 12)

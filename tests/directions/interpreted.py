@@ -45,7 +45,7 @@ def perform(backend: Backend, call: Call) -> Any:
 
 
 def backend_of(call: Call, kernels: str) -> Backend:
-    return make_backend(kernels, make_family(call.pool, Layout.from_shapes([("a", (1,))])))
+    return make_backend(kernels, make_family(call.pool, Layout.from_shapes([("a", tuple(call.base.shape))])))
 
 
 if __name__ == "__main__":

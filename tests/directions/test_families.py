@@ -258,8 +258,10 @@ def test_a_pool_larger_than_the_largest_tile_is_refused() -> None:
             Pool("hadamard", 0, size)
     with pytest.raises(DirectionsError, match="has 3 seeds but 2 candidates were given"):
         Pool("torch", 0, 3, (1, 2))
-    with pytest.raises(DirectionsError, match="has rank 1 at least, not 0"):
-        Pool("lowrank", 0, 4, rank=0)
+    assert Pool("lowrank", 0, 4, rank=256).rank == 256
+    for rank in (0, 257):
+        with pytest.raises(DirectionsError, match=f"A direction has rank 1 to 256, not {rank}: change rank"):
+            Pool("lowrank", 0, 4, rank=rank)
 
 
 def test_identities_differ() -> None:

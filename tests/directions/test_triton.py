@@ -74,6 +74,12 @@ def all_calls() -> dict[str, Call]:
     edges = torch.tensor([0.0, -0.0, 1e-40, 3e38, -3e38, 65504.0, float("inf"), float("nan")])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         calls[f"hadamard: add, edges in {dtype}"] = Call(pool, "add", edges.to(dtype), 0, (1, 33.0))
+    low = Pool("lowrank", 2**63 + 77, 6, rank=2)
+    for operation, argument in operations(low).items():
+        calls[f"lowrank: {operation}"] = Call(low, operation, values(35).view(5, 7), 0, argument)
+    calls["lowrank: add, a vector"] = Call(low, "add", values(9), 0, (5, 0.3))
+    calls["lowrank: add, rows of three stretches"] = Call(low, "add", values(2 * 8200).view(2, 8200), 0, (5, 0.3))
+    calls["lowrank: add, bfloat16"] = Call(low, "add", values(630, torch.bfloat16).view(9, 70), 0, (5, 0.3), strided=True)
     calls["hadamard: combine, zeros"] = Call(pool, "combine", edges, 0, np.zeros(pool.size, dtype=np.float32))
     return calls
 
@@ -108,6 +114,8 @@ def test_kernels_agree_with_those_of_the_cpu(name: str, interpreted: dict[str, A
         assert np.allclose(got, expected, rtol=0, atol=2e-6 * max(1, call.base.numel()) ** 0.75)
         if call.argument is not None:
             assert not got[~call.argument].any()
+    elif call.pool.family == "lowrank" and call.operation == "combine" and call.base.dim() > 1:  # a matrix product
+        assert torch.allclose(got, expected, rtol=0, atol=1e-5)
     else:
         assert got.dtype == expected.dtype
         assert torch.equal(got.isnan(), expected.isnan())
@@ -140,7 +148,7 @@ def test_kernels_compile_for_gpus_without_fused_approximate_or_unordered_arithme
         "tests.directions.compiled_for_gpu", str(capability), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0"
     )
     lines = [line.split() for line in printed.splitlines()]
-    assert len(lines) == 12
+    assert len(lines) == 13
     assert all(len(line) == 4 for line in lines), printed
 
 

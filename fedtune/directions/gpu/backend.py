@@ -29,25 +29,25 @@ JOINED = 128  # seeds whose groups one program sums
 
 
 class TritonBackend(Backend):
-    """The Triton kernels of the family of `pool`."""
+    """The Triton kernels of the family of `pool`; of lowrank, the directions of vectors."""
 
     def __init__(self, pool: Pool) -> None:
         self._kernels = _Hadamard(pool) if pool.family == "hadamard" else _Independent(pool)
 
     def add(self, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
         with _Flat(out, base) as (target, source):
-            if stretches := _stretches(p0, len(target)):
+            if stretches := stretches_of(p0, len(target)):
                 self._kernels.add(stretches, target, source, p0, k, float(np.float32(c)))
 
     def combine(self, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None:
         with _Flat(out, base) as (target, source):
-            if stretches := _stretches(p0, len(target)):
+            if stretches := stretches_of(p0, len(target)):
                 self._kernels.combine(stretches, target, source, p0, coefficients)
 
     def project(self, sums: F64, delta: Tensor, p0: int, wanted: Bools | None) -> None:
         row = delta.detach().reshape(-1)
         seeds = np.arange(len(sums)) if wanted is None else np.flatnonzero(wanted)
-        stretches = _stretches(p0, len(row))
+        stretches = stretches_of(p0, len(row))
         if stretches and len(seeds):
             sums[seeds] += self._kernels.project(_Groups(stretches), row, p0, seeds.astype(np.int32)).cpu().numpy()
 
@@ -95,7 +95,7 @@ class _Independent(_Kernels):
 
     def __init__(self, pool: Pool) -> None:
         self._key = tuple(map(signed, pool_key(pool)))
-        self._family: Any = {"rademacher": rademacher, "gaussian": gaussian}[pool.family]
+        self._family: Any = rademacher if pool.family == "rademacher" else gaussian
 
     def add(self, stretches: int, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
         launch(self._family.add, (stretches,), out.device, out, base, p0, len(out), k, c, *self._key)
@@ -143,7 +143,7 @@ class _Flat:
             self._out.copy_(self._target)
 
 
-def _stretches(p0: int, length: int) -> int:
+def stretches_of(p0: int, length: int) -> int:
     """How many stretches the positions p0 .. p0 + length - 1 touch; 0 for an empty tensor."""
     return -(-(p0 + length) // SIZE) - p0 // SIZE if length else 0
 

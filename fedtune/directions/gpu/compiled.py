@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import torch
 import triton
 
+from fedtune.errors import DirectionsError
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-VARYING = ("k", "c", "count", "size", "groups", "per_group", "key0", "key1")
+VARYING = ("k", "c", "count", "size", "groups", "per_group", "stride", "rank", "purpose", "key0", "key1")
 WARPS = 8
 
 
@@ -32,7 +34,17 @@ def kernel(function: Function) -> Function:
 
 
 def launch(function: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: int) -> None:
-    """Run a kernel with `grid` programs on `device`; products and sums are rounded one by one, as on the CPU."""
+    """Run a kernel with `grid` programs on `device`; products and sums are rounded one by one, as on the CPU.
+
+    Raises:
+        DirectionsError: not a CUDA device, and kernels are not interpreted.
+    """
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise DirectionsError(
+            f"Triton kernels work on tensors of a CUDA device, not on {device}: use kernels 'torch', or none to let the "
+            "tensors' device choose.",
+            device=str(device),
+        )
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         function[grid](*arguments, **constants, num_warps=WARPS, enable_fp_fusion=False)
 

@@ -35,7 +35,7 @@ def add(
 ) -> None:
     """out[i] = base[i] + c * z_k[p0 + i], one product and one sum each."""
     start = start_of(tl.program_id(0), p0)
-    write(out, read(base, start, p0, length) + c * _direction(start, k, key0, key1), start, p0, length)
+    write(out, read(base, start, p0, length) + c * direction(start, k, GAUSSIAN, key0, key1), start, p0, length)
 
 
 @kernel
@@ -54,7 +54,7 @@ def combine(
     start = start_of(tl.program_id(0), p0)
     sums = tl.zeros((STRETCH,), tl.float32)
     for j in range(count):
-        sums += tl.load(coefficients + j) * _direction(start, tl.load(seeds + j), key0, key1)
+        sums += tl.load(coefficients + j) * direction(start, tl.load(seeds + j), GAUSSIAN, key0, key1)
     write(out, read(base, start, p0, length) + sums, start, p0, length)
 
 
@@ -80,15 +80,15 @@ def project(
         start = start_of(group * per_group + number, p0)
         values = read(delta, start, p0, length)
         for j in range(tl.minimum(count - first, WIDTH)):
-            product = tl.sum(values * _direction(start, tl.load(seeds + first + j), key0, key1), 0).to(tl.float64)
+            product = tl.sum(values * direction(start, tl.load(seeds + first + j), GAUSSIAN, key0, key1), 0).to(tl.float64)
             sums += tl.where(lane == j, product, 0.0)
     tl.store(partial + group * count + first + lane, sums, mask=first + lane < count)
 
 
 @device_function
-def _direction(start: tl.tensor, k: tl.tensor, key0: tl.tensor, key1: tl.tensor) -> tl.tensor:
-    """float32 [STRETCH]: z_k from position `start` on, a multiple of STRETCH."""
-    x0, x1, x2, x3 = random_planes((start >> 2) + tl.arange(0, STRETCH // 4), k, GAUSSIAN, key0, key1)
+def direction(start: tl.tensor, k: tl.tensor, purpose: tl.tensor, key0: tl.tensor, key1: tl.tensor) -> tl.tensor:
+    """float32 [STRETCH]: the normals of seed k from position `start` on, a multiple of STRETCH, of a counter domain."""
+    x0, x1, x2, x3 = random_planes((start >> 2) + tl.arange(0, STRETCH // 4), k, purpose, key0, key1)
     a, b = _box_muller(x0, x1)
     c, d = _box_muller(x2, x3)
     return interleave(a, b, c, d)
