@@ -275,7 +275,8 @@ class RunConfig(BaseModel):
         """Where the weights are and what they are rounded to."""
         if self.update_rounding != "nearest" and self.dtype == "float32":
             raise ContradictionError(
-                f"update_rounding = {self.update_rounding} is for 16-bit weights: remove it, or set dtype = bfloat16 or float16.",
+                f"update_rounding = {self.update_rounding} is for 16-bit weights: "
+                "remove it, or set dtype to bfloat16 or float16.",
                 update_rounding=self.update_rounding,
             )
         if self.offload and self.algorithm == "ferret":

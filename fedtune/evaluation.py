@@ -42,9 +42,9 @@ def response_losses(model: torch.nn.Module, batch: Batch, copies: int) -> torch.
 
     Copy i has the rows i B .. (i+1) B - 1; a model may treat the copies differently (see `fedtune.perturb.together`).
     """
-    logits = response_logits(model, batch.repeat(copies)).unflatten(0, (copies, -1))
-    losses = [cross_entropy(part.flatten(0, 1).float(), batch.targets, ignore_index=IGNORED) for part in logits]
-    return torch.stack(losses)
+    logits = response_logits(model, batch.repeat(copies))
+    each = torch.split(logits, logits.shape[0] // copies)
+    return torch.stack([cross_entropy(part.flatten(0, 1).float(), batch.targets, ignore_index=IGNORED) for part in each])
 
 
 def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

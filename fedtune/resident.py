@@ -17,7 +17,18 @@ from fedtune.models import LanguageModel, load_model
 from fedtune.replica import Replica
 from fedtune.seeds import Stream, stream_key
 
-_MODEL_SETTINGS = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map", "offload", "threads", "blocks", "algorithm")
+_MODEL_SETTINGS = (
+    "model",
+    "revision",
+    "trust_remote_code",
+    "dtype",
+    "device",
+    "device_map",
+    "offload",
+    "threads",
+    "blocks",
+    "algorithm",
+)
 _DATA_SETTINGS = (
     "data",
     "instruction_column",

@@ -100,9 +100,7 @@ class Perturbation:
             self._checked = self._checked or ran
             self._at = self._guard = None
 
-    def losses(
-        self, directions: Directions, points: Points, alone: Alone, together: TogetherPass | None = None
-    ) -> list[float]:
+    def losses(self, directions: Directions, points: Points, alone: Alone, together: TogetherPass | None = None) -> list[float]:
         """The loss at w + c z_k for every (k, c) in `points`.
 
         Args:

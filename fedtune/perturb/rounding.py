@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fedtune.directions.counters import ROUNDING
-from fedtune.directions.cpu.philox import random_planes
+from fedtune.directions.cpu.philox import random_planes as cpu_words
+from fedtune.directions.torch_ops.philox import random_planes as torch_words
 from fedtune.philox import MASK32
 
 CHUNK = 1 << 20  # elements rounded at a time: the temporaries of one chunk are some 20 MB
@@ -49,7 +50,11 @@ def _rounded(wide: Tensor, dtype: torch.dtype, uniforms: Tensor) -> Tensor:
 def _uniforms(p0: int, count: int, draw: int, key: int, device: torch.device) -> Tensor:
     """float32 [count] in [0, 1): 24 bits of the random word at each position."""
     first, last = p0 >> 2, (p0 + count + 3) >> 2
-    words = np.empty((4, last - first), np.uint32)
-    random_planes(words[0], words[1], words[2], words[3], first, draw, ROUNDING, key & MASK32, key >> 32)
-    flat = words.T.reshape(-1)[p0 & 3 :][:count]
-    return torch.from_numpy((flat >> 8).astype(np.float32) * np.float32(2.0**-24)).to(device)
+    if device.type == "cpu":
+        planes = np.empty((4, last - first), np.uint32)
+        cpu_words(planes[0], planes[1], planes[2], planes[3], first, draw, ROUNDING, key & MASK32, key >> 32)
+        words = torch.from_numpy(planes.astype(np.int64))
+    else:
+        blocks, seed = torch.arange(first, last, device=device), torch.tensor(draw, device=device)
+        words = torch.stack(torch_words(blocks, seed, ROUNDING, (key & MASK32, key >> 32)))
+    return (words.T.reshape(-1)[p0 & 3 :][:count] >> 8).float() * 2.0**-24

@@ -21,7 +21,11 @@ SETTINGS: dict[str, dict[str, object]] = {
     "fedkseed-fresh": {"algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "pool_every": 1},
     "fedkseed-two": {"algorithm": "fedkseed-pro", "K": 64, "lr": 1e-3, "eps": 1e-3, "directions_per_step": 2},
     "fedkseed-lowrank": {"algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "family": "lowrank", "rank": 2},
+    "fedkseed-16": {
+        "algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "dtype": "bfloat16", "update_rounding": "stochastic",
+    },
     "ferret": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "pool_every": 1},
+    "ferret-16": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "dtype": "float16", "update_rounding": "master"},
     "ferret-fixed": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "momentum": 0.5, "reconstruction": "shrunken"},
     "ferret-official": {
         "algorithm": "ferret", "K": 16, "lr": 1e-2, "momentum": 0.5,

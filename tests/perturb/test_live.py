@@ -149,7 +149,9 @@ def test_stochastic_rounding_depends_on_its_stream_and_on_nothing_else(monkeypat
 
 @pytest.mark.parametrize("rule", ["stochastic", "master"])
 def test_float32_weights_need_no_rule(rule: str) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(walk(rule, dtype=torch.float32), walk("nearest", dtype=torch.float32), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(walk(rule, dtype=torch.float32), walk("nearest", dtype=torch.float32), strict=True)
+    )
 
 
 def test_a_perturbation_starts_from_the_master_copy() -> None:

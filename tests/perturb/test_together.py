@@ -113,7 +113,8 @@ def test_a_model_whose_rows_see_one_another_is_evaluated_one_by_one() -> None:
     with listening(heard.append):
         found = losses(model, perturbation, directions)
     assert found == perturbation.losses(directions, POINTS, lambda: model(IDS).mean())
-    assert [event.text for event in heard if isinstance(event, Note)][0].startswith("Several points in one pass give other")
+    (note,) = (event.text for event in heard if isinstance(event, Note))
+    assert note.startswith("Several points in one pass give other losses than one by one (by ")
     model.rows.clear()
     assert losses(model, perturbation, directions) == found
     assert model.rows == [2, 2, 2, 2]
