@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fedtune.directions.base import F32, F64, Bools
 
+Move = tuple[int, float]
+"""(k, c): a step or a perturbation c z_k."""
+
 
 class Backend(ABC):
     """The operations of a family on tensors of one shape, float32, bfloat16 or float16, with any strides.
@@ -19,7 +22,7 @@ class Backend(ABC):
     def add(self, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
         """out = round(float32(base) + c * z_k); out may be base."""
 
-    def move_and_add(self, weight: Tensor, out: Tensor, p0: int, move: tuple[int, float], add: tuple[int, float]) -> None:
+    def move_and_add(self, weight: Tensor, out: Tensor, p0: int, move: Move, add: Move) -> None:
         """weight = round(weight + c1 z_k1), then out = round(weight + c2 z_k2); pairs are (k, c).
 
         A backend that can do both in one pass over the memory does so; the values are those of two calls of `add`.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.directions.backends import Backend
+from fedtune.directions.backends import Backend, Move
 from fedtune.directions.base import F32, F64, Bools, Pool, make_family
 from fedtune.directions.choice import choose_kernels, make_backend
 from fedtune.directions.host import PIECE, as_array, is_direct
@@ -60,9 +60,7 @@ class Directions:
             raise self._no_such_seed(k)
         self._backend(weight, out).add(out, weight, self.layout.entries[index].origin + offset, k, c)
 
-    def move_and_perturb(
-        self, index: int, weight: Tensor, move: tuple[int, float], out: Tensor, perturbation: tuple[int, float]
-    ) -> None:
+    def move_and_perturb(self, index: int, weight: Tensor, move: Move, out: Tensor, perturbation: Move) -> None:
         """weight = round(weight + c1 z_k1), then out = round(weight + c2 z_k2), in one pass over the memory of both.
 
         `move` is (k1, c1), `perturbation` (k2, c2). The values are those of two calls of `perturb`.

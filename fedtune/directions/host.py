@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.directions.backends import Backend
+from fedtune.directions.backends import Backend, Move
 from fedtune.directions.base import F32, F64, Bools, Family
 from fedtune.directions.threads import ordered_map
 from fedtune.layout import ALIGN
@@ -37,7 +37,7 @@ class HostBackend(Backend):
     def add(self, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
         _apply(partial(self._add, k, c), base, out, p0)
 
-    def move_and_add(self, weight: Tensor, out: Tensor, p0: int, move: tuple[int, float], add: tuple[int, float]) -> None:
+    def move_and_add(self, weight: Tensor, out: Tensor, p0: int, move: Move, add: Move) -> None:
         both = partial(_move_and_add_piece, partial(self._add, *move), partial(self._add, *add))
         _for_pieces(both, weight, out, p0)
 

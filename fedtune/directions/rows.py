@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fedtune.directions.backends import Move
 from fedtune.directions.base import F32, F64, Bools
 from fedtune.directions.host import HostBackend, as_array, is_direct
 from fedtune.layout import ALIGN
@@ -25,7 +26,7 @@ class RowsBackend(HostBackend):
         else:
             _apply_rows(partial(self._add, k, c), base.detach(), out.detach(), p0)
 
-    def move_and_add(self, weight: Tensor, out: Tensor, p0: int, move: tuple[int, float], add: tuple[int, float]) -> None:
+    def move_and_add(self, weight: Tensor, out: Tensor, p0: int, move: Move, add: Move) -> None:
         self.add(weight, weight, p0, *move)
         self.add(out, weight, p0, *add)
 

@@ -13,9 +13,9 @@ from fedtune.directions.counters import column_shifts
 from fedtune.directions.gpu import factors, gaussian, hadamard, rademacher, stretch
 from fedtune.directions.gpu.compiled import WARPS
 
-TYPES = {"p0": "i64", "c": "fp32", "coefficients": "*fp32", "scales": "*fp32", "seeds": "*i32"}
+TYPES = {"p0": "i64", "c": "fp32", "c1": "fp32", "c2": "fp32", "coefficients": "*fp32", "scales": "*fp32", "seeds": "*i32"}
 TYPES |= {"partial": "*fp64", "sums": "*fp64"}
-TENSORS = ("out", "base", "delta")
+TENSORS = ("out", "base", "delta", "weight")
 
 
 def compile_for(capability: int, function: object, dtype: str, bits: int) -> str:
@@ -40,7 +40,7 @@ def bad_in(ptx: str) -> list[str]:
 if __name__ == "__main__":
     target = int(sys.argv[1])
     for module in (hadamard, rademacher, gaussian):
-        for name in ("add", "combine", "project"):
+        for name in ("add", "move_and_add", "combine", "project"):
             for dtype, bits in [("fp32", 12)] + ([("bf16", 16)] if module is hadamard else []):
                 ptx = compile_for(target, getattr(module, name), dtype, bits)
                 print(module.__name__, name, dtype, bits, *bad_in(ptx))

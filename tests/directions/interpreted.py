@@ -20,7 +20,7 @@ from fedtune.layout import Layout
 
 @dataclass(frozen=True)
 class Call:
-    """One operation on one tensor: `argument` is (k, c), the coefficients or `wanted`."""
+    """One operation on one tensor: `argument` is (k, c), two of them, the coefficients or `wanted`."""
 
     pool: Pool
     operation: str
@@ -31,7 +31,7 @@ class Call:
 
 
 def perform(backend: Backend, call: Call) -> Any:
-    """The tensor that `add` or `combine` writes, or the sums of `project`."""
+    """The tensor that `add` or `combine` writes, both that `move_and_add` writes, or the sums of `project`."""
     if call.operation == "project":
         sums = np.zeros(call.pool.size)
         backend.project(sums, call.base, call.p0, call.argument)
@@ -39,6 +39,10 @@ def perform(backend: Backend, call: Call) -> Any:
     out = torch.zeros(*call.base.shape, 2, dtype=call.base.dtype)[..., 0] if call.strided else torch.zeros_like(call.base)
     if call.operation == "add":
         backend.add(out, call.base, call.p0, *call.argument)
+    elif call.operation == "move_and_add":
+        weight = call.base.clone()
+        backend.move_and_add(weight, out, call.p0, *call.argument)
+        return torch.stack([weight, out])
     else:
         backend.combine(out, call.base, call.p0, call.argument)
     return out

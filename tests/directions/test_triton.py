@@ -61,6 +61,12 @@ def all_calls() -> dict[str, Call]:
     for family in ("hadamard", "gaussian"):
         for dtype in (torch.bfloat16, torch.float16):
             calls[f"{family}: add, {dtype}"] = Call(POOLS[family], "add", values(257, dtype), 130, (5, 0.3))
+    both = ((5, 0.3), (1, -0.07))
+    for name, pool in POOLS.items():
+        calls[f"{name}: move_and_add, across tiles"] = Call(pool, "move_and_add", values(ACROSS[1]), ACROSS[0], both)
+        calls[f"{name}: move_and_add, bfloat16"] = Call(pool, "move_and_add", values(257, torch.bfloat16), 130, both)
+    calls["gaussian: move_and_add, float16"] = Call(pool, "move_and_add", values(257, torch.float16), 7, both, strided=True)
+    calls["hadamard: move_and_add, strided"] = Call(POOLS["hadamard"], "move_and_add", turned, 0, both)
     pool = POOLS["hadamard"]
     for operation, argument in operations(pool).items():
         calls[f"hadamard: {operation}, one element"] = Call(pool, operation, values(1), 0, argument)
@@ -148,7 +154,7 @@ def test_kernels_compile_for_gpus_without_fused_approximate_or_unordered_arithme
         "tests.directions.compiled_for_gpu", str(capability), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0"
     )
     lines = [line.split() for line in printed.splitlines()]
-    assert len(lines) == 13
+    assert len(lines) == 17
     assert all(len(line) == 4 for line in lines), printed
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.directions.backends import Backend
+from fedtune.directions.backends import Backend, Move
 from fedtune.directions.base import F32, F64, Bools, Pool
 from fedtune.directions.counters import column_shifts, pool_key, tile_bits
 from fedtune.directions.gpu import gaussian, hadamard, rademacher
@@ -39,6 +39,15 @@ class TritonBackend(Backend):
             if stretches := stretches_of(p0, len(target)):
                 self._kernels.add(stretches, target, source, p0, k, float(np.float32(c)))
 
+    def move_and_add(self, weight: Tensor, out: Tensor, p0: int, move: Move, add: Move) -> None:
+        if not weight.is_contiguous():
+            super().move_and_add(weight, out, p0, move, add)
+            return
+        with _Flat(out, weight) as (target, source):
+            if stretches := stretches_of(p0, len(target)):
+                steps = [(k, float(np.float32(c))) for k, c in (move, add)]
+                self._kernels.move_and_add(stretches, source, target, p0, *steps)
+
     def combine(self, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None:
         with _Flat(out, base) as (target, source):
             if stretches := stretches_of(p0, len(target)):
@@ -59,6 +68,9 @@ class _Kernels(ABC):
     def add(self, stretches: int, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None: ...
 
     @abstractmethod
+    def move_and_add(self, stretches: int, weight: Tensor, out: Tensor, p0: int, move: Move, add: Move) -> None: ...
+
+    @abstractmethod
     def combine(self, stretches: int, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None: ...
 
     @abstractmethod
@@ -76,6 +88,10 @@ class _Hadamard(_Kernels):
 
     def add(self, stretches: int, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
         launch(hadamard.add, (stretches,), out.device, out, base, p0, len(out), k, c, *self._key, **self._tile)
+
+    def move_and_add(self, stretches: int, weight: Tensor, out: Tensor, p0: int, move: Move, add: Move) -> None:
+        arguments = (weight, out, p0, len(out), *move, *add, *self._key)
+        launch(hadamard.move_and_add, (stretches,), out.device, *arguments, **self._tile)
 
     def combine(self, stretches: int, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None:
         values = torch.from_numpy(coefficients).to(out.device)
@@ -99,6 +115,10 @@ class _Independent(_Kernels):
 
     def add(self, stretches: int, out: Tensor, base: Tensor, p0: int, k: int, c: float) -> None:
         launch(self._family.add, (stretches,), out.device, out, base, p0, len(out), k, c, *self._key)
+
+    def move_and_add(self, stretches: int, weight: Tensor, out: Tensor, p0: int, move: Move, add: Move) -> None:
+        arguments = (weight, out, p0, len(out), *move, *add, *self._key)
+        launch(self._family.move_and_add, (stretches,), out.device, *arguments)
 
     def combine(self, stretches: int, out: Tensor, base: Tensor, p0: int, coefficients: F32) -> None:
         seeds = np.flatnonzero(coefficients)

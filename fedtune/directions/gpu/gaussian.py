@@ -11,7 +11,7 @@ from fedtune.directions import counters
 from fedtune.directions.cpu import gaussian as cpu
 from fedtune.directions.gpu.compiled import device_function, kernel
 from fedtune.directions.gpu.philox import STRETCH, interleave, random_planes
-from fedtune.directions.gpu.stretch import read, start_of, write
+from fedtune.directions.gpu.stretch import read, rounded, start_of, write
 
 GAUSSIAN = tl.constexpr(counters.GAUSSIAN)
 ROOT_HALF_BITS, TURN_STEP = tl.constexpr(int(cpu.ROOT_HALF_BITS)), tl.constexpr(float(cpu.TURN_STEP))
@@ -36,6 +36,27 @@ def add(
     """out[i] = base[i] + c * z_k[p0 + i], one product and one sum each."""
     start = start_of(tl.program_id(0), p0)
     write(out, read(base, start, p0, length) + c * direction(start, k, GAUSSIAN, key0, key1), start, p0, length)
+
+
+@kernel
+def move_and_add(
+    weight: tl.tensor,
+    out: tl.tensor,
+    p0: tl.tensor,
+    length: tl.tensor,
+    k1: tl.tensor,
+    c1: tl.tensor,
+    k2: tl.tensor,
+    c2: tl.tensor,
+    key0: tl.tensor,
+    key1: tl.tensor,
+) -> None:
+    """weight[i] += c1 * z_k1[p0 + i], rounded to its type, then out[i] = weight[i] + c2 * z_k2[p0 + i]."""
+    start = start_of(tl.program_id(0), p0)
+    moved = read(weight, start, p0, length) + c1 * direction(start, k1, GAUSSIAN, key0, key1)
+    write(weight, moved, start, p0, length)
+    perturbed = rounded(weight, moved).to(tl.float32) + c2 * direction(start, k2, GAUSSIAN, key0, key1)
+    write(out, perturbed, start, p0, length)
 
 
 @kernel

@@ -15,7 +15,7 @@ import triton.language as tl
 from fedtune.directions import counters
 from fedtune.directions.gpu.compiled import device_function, kernel
 from fedtune.directions.gpu.philox import STRETCH, is_set, random_planes, sign_words
-from fedtune.directions.gpu.stretch import read, start_of, write
+from fedtune.directions.gpu.stretch import read, rounded, start_of, write
 
 SIGNS, COLUMNS = tl.constexpr(counters.SIGNS), tl.constexpr(counters.COLUMNS)
 
@@ -41,6 +41,34 @@ def add(
     column = _column(k.to(tl.uint32), w0, w1, w2, w3, BITS, S0, S1, S2)
     words = sign_words(start, 0, SIGNS, key0, key1) ^ _column_signs(column, start, BITS)
     write(out, read(base, start, p0, length) + tl.where(is_set(words), -c, c), start, p0, length)
+
+
+@kernel
+def move_and_add(
+    weight: tl.tensor,
+    out: tl.tensor,
+    p0: tl.tensor,
+    length: tl.tensor,
+    k1: tl.tensor,
+    c1: tl.tensor,
+    k2: tl.tensor,
+    c2: tl.tensor,
+    key0: tl.tensor,
+    key1: tl.tensor,
+    BITS: tl.constexpr,
+    S0: tl.constexpr,
+    S1: tl.constexpr,
+    S2: tl.constexpr,
+) -> None:
+    """weight[i] += c1 * z_k1[p0 + i], rounded to its type, then out[i] = weight[i] + c2 * z_k2[p0 + i]."""
+    start = start_of(tl.program_id(0), p0)
+    w0, w1, w2, w3 = random_planes(start >> BITS, 0, COLUMNS, key0, key1)
+    shared = sign_words(start, 0, SIGNS, key0, key1)
+    words = shared ^ _column_signs(_column(k1.to(tl.uint32), w0, w1, w2, w3, BITS, S0, S1, S2), start, BITS)
+    moved = read(weight, start, p0, length) + tl.where(is_set(words), -c1, c1)
+    write(weight, moved, start, p0, length)
+    words = shared ^ _column_signs(_column(k2.to(tl.uint32), w0, w1, w2, w3, BITS, S0, S1, S2), start, BITS)
+    write(out, rounded(weight, moved).to(tl.float32) + tl.where(is_set(words), -c2, c2), start, p0, length)
 
 
 @kernel

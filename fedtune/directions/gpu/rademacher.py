@@ -7,7 +7,7 @@ import triton.language as tl
 from fedtune.directions import counters
 from fedtune.directions.gpu.compiled import kernel
 from fedtune.directions.gpu.philox import STRETCH, is_set, sign_words
-from fedtune.directions.gpu.stretch import read, start_of, write
+from fedtune.directions.gpu.stretch import read, rounded, start_of, write
 
 RADEMACHER = tl.constexpr(counters.RADEMACHER)
 
@@ -27,6 +27,27 @@ def add(
     start = start_of(tl.program_id(0), p0)
     minus = is_set(sign_words(start, k, RADEMACHER, key0, key1))
     write(out, read(base, start, p0, length) + tl.where(minus, -c, c), start, p0, length)
+
+
+@kernel
+def move_and_add(
+    weight: tl.tensor,
+    out: tl.tensor,
+    p0: tl.tensor,
+    length: tl.tensor,
+    k1: tl.tensor,
+    c1: tl.tensor,
+    k2: tl.tensor,
+    c2: tl.tensor,
+    key0: tl.tensor,
+    key1: tl.tensor,
+) -> None:
+    """weight[i] += c1 * z_k1[p0 + i], rounded to its type, then out[i] = weight[i] + c2 * z_k2[p0 + i]."""
+    start = start_of(tl.program_id(0), p0)
+    moved = read(weight, start, p0, length) + tl.where(is_set(sign_words(start, k1, RADEMACHER, key0, key1)), -c1, c1)
+    write(weight, moved, start, p0, length)
+    minus = is_set(sign_words(start, k2, RADEMACHER, key0, key1))
+    write(out, rounded(weight, moved).to(tl.float32) + tl.where(minus, -c2, c2), start, p0, length)
 
 
 @kernel

@@ -28,9 +28,15 @@ def read(tensor: tl.tensor, start: tl.tensor, p0: tl.tensor, length: tl.tensor) 
 def write(tensor: tl.tensor, values: tl.tensor, start: tl.tensor, p0: tl.tensor, length: tl.tensor) -> None:
     """Store float32 [STRETCH] in the tensor's own type, rounded to nearest, ties to even."""
     index = start - p0 + tl.arange(0, STRETCH)
+    tl.store(tensor + index, rounded(tensor, values), mask=(index >= 0) & (index < length))
+
+
+@device_function
+def rounded(tensor: tl.tensor, values: tl.tensor) -> tl.tensor:
+    """float32 values in the type of the tensor's elements."""
     if tensor.dtype.element_ty == tl.bfloat16:
         values = _bfloat16(values)
-    tl.store(tensor + index, values.to(tensor.dtype.element_ty), mask=(index >= 0) & (index < length))
+    return values.to(tensor.dtype.element_ty)
 
 
 @device_function
