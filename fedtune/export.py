@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def export_delta(run: RunFolder, out: Path, name: str = FINAL, model: str = "") 
     except OSError as error:
         raise _not_written(out, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return Exported(out, delta.round, delta.digest.hex(), len(data))
 
 

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedtune import errors, wire
 from fedtune.algorithms import Algorithm, State
-from fedtune.coefficients import Coefficients, quantise
+from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, ModelError, NonFiniteError, WireError
 from fedtune.layout import Layout
@@ -29,11 +29,15 @@ RECORD = "fedtune"  # name of the one ConfigRecord in every message
 
 @dataclass
 class Client:
-    """What the server knows about a client: Flower's node id, number of samples, pools that it holds."""
+    """What the server knows about a client: Flower's node id, number of samples, pools that it holds.
+
+    `known` is what it has of the pool after those: that of the instruction which it answered last. None: perhaps nothing.
+    """
 
     node: int
     examples: int
     pools_held: int = 0
+    known: PoolCoefficients | None = None
 
 
 @dataclass
@@ -144,7 +148,7 @@ class CoefficientStrategy(Strategy):
         client_of = {message_id: client for client, message_id in self._asked.items()}
         behind = [client_of[_answers(reply)] for reply in replies if _answers(reply) in client_of and is_behind(reply)]
         for client in behind:
-            self.clients[client].pools_held = 0
+            self.clients[client].pools_held, self.clients[client].known = 0, None
         return [self._instruct(server_round, client) for client in behind]
 
     def note_sent(self, sent: Iterable[Message]) -> None:
@@ -165,10 +169,13 @@ class CoefficientStrategy(Strategy):
             try:
                 updates[client] = self._read(server_round, reply)
                 self.clients[client].pools_held = len(self._model.pools) - 1
+                self.clients[client].known = self._model.pools[-1]
                 self._finished(server_round, client, "")
             except FedtuneError as problem:
+                self.clients[client].known = None
                 self._finished(server_round, client, f"{type(problem).__name__}: {problem}")
         for client in sorted(client_of.values(), key=natural_order):
+            self.clients[client].known = None
             self._finished(server_round, client, f"no answer within {self.config.round_timeout:g} s")
         if updates:
             self._move(server_round, updates)
@@ -185,6 +192,7 @@ class CoefficientStrategy(Strategy):
             held=held,
             pools=self._model.pools[held:],
             draw_weights=self.algorithm.draw_weights(self.state),
+            known=known.known,
         )
         payload = wire.encode_instruction(instruction, self.config.coefficient_bits)
         self.tally.bytes_down += len(payload)

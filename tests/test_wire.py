@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import wire
+from fedtune import packing, wire
 from fedtune.coefficients import PoolCoefficients
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError, WireError
@@ -52,17 +52,17 @@ def read_update(data: bytes, kind: Kind = Kind.SCALARS, bits: int = 32, **change
 
 def test_golden_bytes_of_an_instruction() -> None:
     expected = (
-        "4654010101000000" + FINGERPRINT.hex() + LAYOUT.hex() + DIGEST.hex() + "00000100"
+        "4654020101000000" + FINGERPRINT.hex() + LAYOUT.hex() + DIGEST.hex() + "00000100"
         + POOLS[0].identity.hex() + "01" + "ec" + "59f888a1" + "00"
     )  # fmt: skip
     assert wire.encode_instruction(instruction(), 4).hex() == expected
 
 
 def test_golden_bytes_of_updates() -> None:
-    head = "46540102" + "04000000" + DIGEST.hex() + "00" + "03000000" + "78000000" + "00002040"
+    head = "46540202" + "04000000" + DIGEST.hex() + "00" + "03000000" + "78000000" + "00002040"
     assert wire.encode_update(scalars(), 32).hex() == head + "0000803f" + "000020c0" + "00000000"
     assert wire.encode_update(scalars(), 16).hex() == head + "803f" + "20c0" + "0000"
-    head = "46540103" + "04000000" + DIGEST.hex() + "00" + "14000000" + "78000000" + "00002040"
+    head = "46540203" + "04000000" + DIGEST.hex() + "00" + "14000000" + "78000000" + "00002040"
     assert wire.encode_update(coordinates(), 16).hex() == head + "010000000200" + "003f" + "80be" + "0041"
 
 
@@ -85,9 +85,9 @@ def test_an_instruction_survives_the_wire(bits: int) -> None:
 def test_packed_integers_survive(bits: int, data: st.DataObject) -> None:
     limit = 2 ** (bits - 1) - 1
     values = np.array(data.draw(st.lists(st.integers(-limit, limit), max_size=40)), dtype=np.int32)
-    packed = wire.pack_integers(values, bits)
+    packed = packing.pack_integers(values, bits)
     assert len(packed) == -(-len(values) * bits // 8)
-    assert wire.unpack_integers(packed, len(values), bits).tolist() == values.tolist()
+    assert packing.unpack_integers(packed, len(values), bits).tolist() == values.tolist()
 
 
 def test_the_shorter_form_is_chosen() -> None:
@@ -95,10 +95,10 @@ def test_the_shorter_form_is_chosen() -> None:
     few = np.zeros((1, 1024), dtype=np.int32)
     few[0, :10] = 5
     exponents = np.array([-3], dtype=np.int32)
-    sparse = wire.encode_pool(PoolCoefficients(pool, few, exponents), 8)
-    dense = wire.encode_pool(PoolCoefficients(pool, few + 1, exponents), 8)
+    sparse = packing.encode_pool(PoolCoefficients(pool, few, exponents), 8)
+    dense = packing.encode_pool(PoolCoefficients(pool, few + 1, exponents), 8)
     assert (len(sparse), len(dense)) == (8 + 1 + 1 + 128 + 10, 8 + 1 + 1 + 1024)
-    assert wire.decode_pool(sparse, pool, 1, 8).q.tolist() == few.tolist()
+    assert packing.decode_pool(sparse, pool, 1, 8).q.tolist() == few.tolist()
 
 
 @pytest.mark.parametrize("bits", [16, 32])
@@ -220,4 +220,4 @@ def test_random_bytes_never_cause_anything_but_a_wire_error(noise: bytes, with_h
         except WireError:
             continue
     with contextlib.suppress(WireError):
-        read_instruction(HEAD.pack(b"FT", 1, 1, 1) + noise if with_head else noise)
+        read_instruction(HEAD.pack(b"FT", 2, 1, 1) + noise if with_head else noise)
