@@ -19,6 +19,7 @@ from fedtune.data.federated import load_local
 from fedtune.directions import Pool
 from fedtune.errors import ConfigError, MismatchError, StaleReplicaError, WireError
 from fedtune.resident import Resident, resident
+from fedtune.selftest import encode, self_test
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Introduction:
     examples: int
     fingerprint: bytes
     layout: bytes
+    selftest: bytes
 
 
 class Worker:
@@ -51,10 +53,11 @@ class Worker:
         return resident(self.config)
 
     def introduce(self, identity: Identity) -> Introduction:
-        """Load model and data, and say which base model and how many samples this client has."""
+        """Load model and data, and say which base model, how many samples and which directions this client has."""
         replica = self._resident.replica
         examples = len(self._samples(identity))
-        return Introduction(identity.client, examples, replica.fingerprint, replica.layout.digest)
+        test = encode(self_test(self._pool(0), str(self._resident.language_model.device)))
+        return Introduction(identity.client, examples, replica.fingerprint, replica.layout.digest, test)
 
     def train(self, identity: Identity, message: bytes, held: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
         """One round: rebuild the model of the instruction, run the local steps, encode the update.

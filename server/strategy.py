@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -18,10 +19,12 @@ from fedtune import errors, wire
 from fedtune.algorithms import Algorithm, State
 from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
 from fedtune.config import RunConfig
-from fedtune.errors import FedtuneError, ModelError, NonFiniteError, WireError
+from fedtune.errors import FedtuneError, NonFiniteError, WireError
 from fedtune.layout import Layout
 from fedtune.progress import ClientFinished, Note, RoundStarted, emit
+from fedtune.selftest import SelfTest, self_test
 from fedtune.wire import Instruction, Status, Update
+from server.admission import check_fit
 from server.sampling import natural_order, sample_clients
 
 RECORD = "fedtune"  # name of the one ConfigRecord in every message
@@ -71,6 +74,10 @@ class CoefficientStrategy(Strategy):
         self._model = self.state.published(config.coefficient_bits)
         self._digest = self._model.digest(fingerprint)
         self._asked: dict[str, str] = {}
+
+    @cached_property
+    def _tested(self) -> SelfTest:
+        return self_test(self.algorithm.pool(self.config, self.layout, 0))
 
     @property
     def model(self) -> Coefficients:
@@ -122,11 +129,7 @@ class CoefficientStrategy(Strategy):
         client, examples = record.get("client"), record.get("examples")
         if not isinstance(client, str) or not isinstance(examples, int) or examples < 1:
             raise WireError("A node introduced itself without a client id or without samples.")
-        if record.get("fingerprint") != self.fingerprint or record.get("layout") != self.layout.digest:
-            raise ModelError(
-                f"Client {client} holds another base model than the server: give both the same files, dtype and algorithm.",
-                client=client,
-            )
+        check_fit(client, record, self.fingerprint, self.layout.digest, self._tested)
         if client in self.clients and self.clients[client].node != node:
             raise WireError(f"Two nodes call themselves client {client}: give each its own client-id or partition-id.")
         self.clients[client] = Client(node, examples)
