@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.coefficients import EXACT_SUM, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients
+from fedtune.coefficients import EXACT_SUM, I32, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.delta import FORMAT, VERSION, WIDTHS, Delta, declared, encode
 from fedtune.directions.base import MAX_POOL, Pool
@@ -66,25 +66,14 @@ def _decode(file: BinaryIO, size: int, name: str) -> Delta:
     header = _parse(text, name)
     fields = _Fields(header["__metadata__"], name)
     fields.check_format()
-    numbers, seeds = fields.pools()
-    blocks, pool_size, count = fields.sizes("block_sizes"), fields.number("K", 1, MAX_POOL), len(numbers)
-    shape = (count, len(blocks), pool_size)
+    shape = fields.shape()
     width, total = _check_tensors(header, shape, name)
     if 8 + len(text) + total != size:
         raise _damaged(name, f"it has {size} bytes and announces {8 + len(text) + total}")
     body = file.read(total)
     if len(body) != total:
         raise _damaged(name, "it became shorter while it was read")
-    ends = total - count * len(blocks)
-    q = np.frombuffer(body[:ends], dtype=width).astype(np.int32).reshape(shape)
-    exponents = np.frombuffer(body[ends:], dtype="<i1").astype(np.int32).reshape(shape[:2])
-    _check_values(q, exponents, name)
-    family = fields.choice("family")
-    rank = fields.number("rank", 1, 256 if family == "lowrank" else 1)
-    pools = tuple(
-        PoolCoefficients(Pool(family, seed, pool_size, rank=rank), q[i], exponents[i]) for i, seed in enumerate(seeds)
-    )
-    delta = fields.delta(blocks, family, rank, pool_size, numbers, pools)
+    delta = fields.delta(*_tensors(body, width, shape, name))
     if delta.coefficients.digest(delta.fingerprint) != delta.digest:
         raise _damaged(name, "its coefficients do not lead to its digest")
     if encode(delta) != len(text).to_bytes(8, "little") + text + body:
@@ -145,7 +134,11 @@ def _check_tensors(header: Mapping[str, Any], shape: Sequence[int], name: str) -
     return WIDTHS[code][0], shape[0] * shape[1] * (shape[2] * np.dtype(WIDTHS[code][0]).itemsize + 1)
 
 
-def _check_values(q: npt.NDArray[np.int32], exponents: npt.NDArray[np.int32], name: str) -> None:
+def _tensors(body: bytes, width: npt.DTypeLike, shape: tuple[int, int, int], name: str) -> tuple[I32, I32]:
+    """int32 [pools, L, K] and [pools, L]: q and exponents, if their values are those of a grid."""
+    ends = len(body) - shape[0] * shape[1]
+    q = np.frombuffer(body[:ends], dtype=width).astype(np.int32).reshape(shape)
+    exponents = np.frombuffer(body[ends:], dtype="<i1").astype(np.int32).reshape(shape[:2])
     if (exponents < MIN_EXPONENT).any() or (exponents > MAX_EXPONENT).any():
         raise _damaged(name, f"an exponent is outside {MIN_EXPONENT} .. {MAX_EXPONENT}")
     used = np.any(q, axis=2)
@@ -155,6 +148,7 @@ def _check_values(q: npt.NDArray[np.int32], exponents: npt.NDArray[np.int32], na
         raise _damaged(name, "a pool has no coefficient")
     if (np.abs(q.astype(np.int64)).sum(axis=2) > EXACT_SUM).any():
         raise _damaged(name, "the coefficients of a block are too large for exact sums")
+    return q, exponents
 
 
 class _Fields:
@@ -209,15 +203,16 @@ class _Fields:
             raise _damaged(self._name, "its pools are not in order")
         return numbers, tuple(self._whole("pools", seed, 0, 2**64 - 1) for _, seed in pairs)
 
-    def delta(
-        self,
-        blocks: tuple[int, ...],
-        family: str,
-        rank: int,
-        size: int,
-        numbers: tuple[int, ...],
-        pools: tuple[PoolCoefficients, ...],
-    ) -> Delta:
+    def shape(self) -> tuple[int, int, int]:
+        """Pools, L, K."""
+        return len(self.pools()[0]), len(self.sizes("block_sizes")), self.number("K", 1, MAX_POOL)
+
+    def delta(self, q: I32, exponents: I32) -> Delta:
+        """The delta with these coefficients, [pools, L, K] and [pools, L]."""
+        family, size = self.choice("family"), self.number("K", 1, MAX_POOL)
+        rank = self.number("rank", 1, 256 if family == "lowrank" else 1)
+        numbers, seeds = self.pools()
+        pools = (Pool(family, seed, size, rank=rank) for seed in seeds)
         return Delta(
             base=self.text("base"),
             dtype=self.choice("dtype"),
@@ -225,7 +220,7 @@ class _Fields:
             tensors=self.digest("tensors"),
             layout=self.digest("layout"),
             block_rule=self.choice("block_rule"),
-            block_sizes=blocks,
+            block_sizes=self.sizes("block_sizes"),
             digest=self.digest("digest"),
             round=self.number("round", 0, 2**31),
             pool_every=self.number("pool_every", 0, 2**31),
@@ -233,7 +228,7 @@ class _Fields:
             rank=rank,
             size=size,
             numbers=numbers,
-            pools=pools,
+            pools=tuple(PoolCoefficients(pool, *pair) for pool, *pair in zip(pools, q, exponents, strict=True)),
             program=self.text("fedtune"),
         )
 
