@@ -16,7 +16,7 @@ from simulations.engines.local_grid import Faults
 from tests.laws.federation import config, payload_of, run, with_payload
 
 METHODS = ("fedkseed", "fedkseed-pro", "fedkseed-fresh", "ferret", "ferret-fixed")
-COMPLETE = 62 + 9 + 1 + 64  # bytes of an instruction with all of K = 64 coefficients of 8 bits in one block
+COMPLETE = 71 + 64  # bytes of an instruction with all of K = 64 coefficients of 8 bits in one block
 
 
 @pytest.fixture
