@@ -20,7 +20,7 @@ app = ClientApp()
 
 @app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """Tell the server the stable client id, the number of samples and the base model."""
+    """Tell the server the stable client id, the number of samples, the base model and what its directions are."""
     try:
         me = identity(context)
         said = worker(_config(context)).introduce(me)
@@ -29,7 +29,13 @@ def introduce(message: Message, context: Context) -> Message:
     except FedtuneError as error:
         return _problem(message, error)
     record = ConfigRecord(
-        {"client": said.client, "examples": said.examples, "fingerprint": said.fingerprint, "layout": said.layout}
+        {
+            "client": said.client,
+            "examples": said.examples,
+            "fingerprint": said.fingerprint,
+            "layout": said.layout,
+            "selftest": said.selftest,
+        }
     )
     return Message(RecordDict({RECORD: record}), reply_to=message)
 

@@ -6,7 +6,7 @@ the same two calls. One worker serves any number of simulated clients, one after
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,8 +17,9 @@ from fedtune.config import RunConfig
 from fedtune.data.encode import Encoded
 from fedtune.data.federated import load_local
 from fedtune.directions import Pool
-from fedtune.errors import ConfigError, MismatchError, StaleReplicaError
+from fedtune.errors import ConfigError, MismatchError, StaleReplicaError, WireError
 from fedtune.resident import Resident, resident
+from fedtune.selftest import encode, self_test
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Introduction:
     examples: int
     fingerprint: bytes
     layout: bytes
+    selftest: bytes
 
 
 class Worker:
@@ -51,10 +53,11 @@ class Worker:
         return resident(self.config)
 
     def introduce(self, identity: Identity) -> Introduction:
-        """Load model and data, and say which base model and how many samples this client has."""
+        """Load model and data, and say which base model, how many samples and which directions this client has."""
         replica = self._resident.replica
         examples = len(self._samples(identity))
-        return Introduction(identity.client, examples, replica.fingerprint, replica.layout.digest)
+        test = encode(self_test(self._pool(0), str(self._resident.language_model.device)))
+        return Introduction(identity.client, examples, replica.fingerprint, replica.layout.digest, test)
 
     def train(self, identity: Identity, message: bytes, held: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
         """One round: rebuild the model of the instruction, run the local steps, encode the update.
@@ -62,34 +65,36 @@ class Worker:
         Args:
             identity: the client.
             message: the encoded instruction.
-            held: encoded pools that this client kept from earlier rounds.
+            held: encoded pools that this client kept from the round that it answered last; the last of them was open.
 
         Returns:
             The encoded update, and the pools to keep for the next round.
 
         Raises:
-            StaleReplicaError: the message builds upon pools that the client does not hold.
+            StaleReplicaError: the message builds upon pools that the client does not hold, or holds otherwise.
             WireError: the message is damaged or for another model; nothing was changed.
         """
         here, config = self._resident, self.config
         replica, algorithm = here.replica, here.algorithm
         blocks, bits = replica.layout.blocks, config.coefficient_bits
         most_pools = pool_number(config, config.rounds) + 1
-        instruction = wire.decode_instruction(message, self._pool, most_pools, blocks, bits)
+        kept = _Kept(held, self._pool, blocks, bits)
+        instruction = wire.decode_instruction(message, self._pool, most_pools, blocks, bits, kept.pool)
         if instruction.fingerprint != replica.fingerprint or instruction.layout != replica.layout.digest:
             raise MismatchError(
                 "The server trains another base model: client and server need the same files, dtype and algorithm."
             )
-        if instruction.held > len(held):
-            raise StaleReplicaError(f"The message builds upon {instruction.held} pools; this client holds {len(held)}.")
-        used = held[: instruction.held]
-        known = [_stored_pool(kept, self._pool(number), blocks, bits) for number, kept in enumerate(used)]
-        everything = Coefficients((*known, *instruction.pools))
-        replica.become(everything, instruction.digest)
+        everything = Coefficients((*kept.first(instruction.held), *instruction.pools))
+        try:
+            replica.become(everything, instruction.digest)
+        except MismatchError:
+            if kept.used:
+                raise StaleReplicaError("What this client kept does not lead to the model that the server announced.") from None
+            raise
         replica.touch()
         work = here.work(identity.client, self._samples(identity), instruction.round, instruction.pools[-1].pool)
         update = algorithm.local_update(work, config, instruction)
-        keep = [*used, *(wire.encode_pool(pool, bits) for pool in instruction.pools[:-1])]
+        keep = [*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in instruction.pools)]
         return wire.encode_update(update, config.scalar_bits), keep
 
     def _samples(self, identity: Identity) -> tuple[Encoded, ...]:
@@ -106,6 +111,31 @@ class Worker:
     def _pool(self, number: int) -> Pool:
         here = self._resident
         return here.algorithm.pool(self.config, here.replica.layout, number)
+
+
+class _Kept:
+    """The pools that a client kept, decoded when a message builds upon them; a damaged one counts as lost."""
+
+    def __init__(self, held: Sequence[bytes], pool_at: Callable[[int], Pool], blocks: int, bits: int) -> None:
+        self._held, self._pool_at, self._blocks, self._bits = held, pool_at, blocks, bits
+        self.used = False
+
+    def pool(self, number: int) -> PoolCoefficients | None:
+        """What the client has of pool `number`, if anything."""
+        self.used = True
+        if number >= len(self._held):
+            return None
+        try:
+            return _stored_pool(self._held[number], self._pool_at(number), self._blocks, self._bits)
+        except WireError:
+            return None
+
+    def first(self, count: int) -> list[PoolCoefficients]:
+        """The first `count` pools. Raises StaleReplicaError if they are not all there."""
+        found = [pool for pool in map(self.pool, range(count)) if pool is not None]
+        if len(found) < count:
+            raise StaleReplicaError(f"The message builds upon {count} pools; this client holds {len(found)} of them.")
+        return found
 
 
 @lru_cache(maxsize=64)

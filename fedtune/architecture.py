@@ -57,15 +57,25 @@ def needs_of_architecture(config: RunConfig) -> Needs:
     Raises:
         ModelError: no config.json, or not one of a causal language model that fits `max_length`.
     """
-    folder = architecture_folder(config)
-    model_config = read_config(folder, config.model, config)
+    model_config = read_config(architecture_folder(config), config.model, config)
     check_positions(model_config, config.max_length, config.model)
-    build: Any = AutoModelForCausalLM.from_config
     with FakeTensorMode():
-        model: torch.nn.Module = build(model_config, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
-        model.eval()
+        model = _built(model_config, config)
         layout = Layout.of(model, ALGORITHMS[config.algorithm].block_rule(config))
         return needs(config, model, layout, Perturbation(model, layout), _longest(config))
+
+
+def layout_of_architecture(config: RunConfig) -> Layout:
+    """The layout of the model of `config`, with the blocks of its algorithm. Raises ModelError as above."""
+    model_config = read_config(architecture_folder(config), config.model, config)
+    with FakeTensorMode():
+        return Layout.of(_built(model_config, config), ALGORITHMS[config.algorithm].block_rule(config))
+
+
+def _built(model_config: Any, config: RunConfig) -> torch.nn.Module:
+    build: Any = AutoModelForCausalLM.from_config
+    model: torch.nn.Module = build(model_config, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
+    return model.eval()
 
 
 def _longest(config: RunConfig) -> Batch:

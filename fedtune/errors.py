@@ -13,6 +13,9 @@ FedtuneError                     anything below; the command line prints it as o
     MismatchError                a valid message for another round, pool, model or state
     NonFiniteError               a number that is not finite where the state would be touched
   StaleReplicaError              a client lacks coefficients that a message builds upon
+  DeltaError                     a file of kilobytes that cannot be used; nothing was written
+    MalformedDeltaError          damaged, or not such a file
+    DeltaMismatchError           a sound one for another base model, dtype or program
   RunError                       the run as a whole
     RunFolderError               the run folder exists, is missing or is not a run folder
     DivergedError                no client produced a finite update for several rounds
@@ -79,6 +82,18 @@ class NonFiniteError(WireError):
 
 class StaleReplicaError(FedtuneError):
     """A client lacks coefficients that a message builds upon; the server sends everything again."""
+
+
+class DeltaError(FedtuneError):
+    """A file of kilobytes that cannot be used; nothing was written."""
+
+
+class MalformedDeltaError(DeltaError):
+    """Damaged, or not such a file."""
+
+
+class DeltaMismatchError(DeltaError):
+    """A sound one for another base model, dtype or program."""
 
 
 class RunError(FedtuneError):

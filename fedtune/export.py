@@ -1,8 +1,10 @@
-"""From a run folder to an ordinary Hugging Face folder: base model plus coefficients, written with save_pretrained."""
+"""From a run folder to a tuned model: an ordinary Hugging Face folder, or a delta of kilobytes."""
 
 from __future__ import annotations
 
+import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +12,28 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from fedtune import wire
+from fedtune.algorithms import ALGORITHMS
 from fedtune.algorithms.base import pool_number
+from fedtune.architecture import layout_of_architecture
 from fedtune.coefficients import Coefficients
+from fedtune.config import RunConfig
+from fedtune.delta import Delta, encode
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, ModelError, RunFolderError
-from fedtune.models import LanguageModel
+from fedtune.layout import Layout
+from fedtune.models import LanguageModel, resolve_model
 from fedtune.resident import Resident
 from fedtune.run_folder import COEFFICIENTS, RunFolder, check_new
+from fedtune.wire import Instruction
 
 FINAL, BEST = COEFFICIENTS, "best_coefficients.bin"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the folder, the state's round and digest, and the bytes of weights and tokenizer."""
+    """What was written: the folder or file, the state's round and digest, and the bytes."""
 
-    folder: Path
+    path: Path
     round: int
     digest: str
     bytes: int
@@ -42,26 +50,12 @@ def load_tuned(run: RunFolder, name: str = FINAL, model: str = "") -> tuple[Lang
         RunFolderError: the folder has no coefficients, or damaged ones.
         ModelError: the base model is not the one that the run started from.
     """
-    config = run.config().replace(device="cpu")
-    config = config.replace(model=model) if model else config
-    data = run.read_bytes(name)
+    config = _config(run, model)
     here = Resident(config)
-    replica, algorithm = here.replica, here.algorithm
-
-    def pool_at(number: int) -> Pool:
-        return algorithm.pool(config, replica.layout, number)
-
-    most = pool_number(config, config.rounds) + 1
-    try:
-        complete = wire.decode_instruction(data, pool_at, most, replica.layout.blocks, config.coefficient_bits)
-    except MalformedMessageError as error:
-        raise RunFolderError(f"'{run.path / name}' is damaged ({error}) Restore it from a copy.", name=name) from None
+    replica = here.replica
+    complete = _coefficients(run, name, config, replica.layout)
     if complete.fingerprint != replica.fingerprint:
-        raise ModelError(
-            f"The base model '{config.model}' is not the one that the run started from: give the same files and dtype.",
-            expected=complete.fingerprint.hex(),
-            got=replica.fingerprint.hex(),
-        )
+        raise _another_base(config, complete.fingerprint, replica.fingerprint)
     replica.become(Coefficients(complete.pools), complete.digest)
     return here.language_model, complete.round - 1, complete.digest
 
@@ -74,6 +68,93 @@ def export_run(run: RunFolder, out: Path, name: str = FINAL, model: str = "") ->
     """
     check_new(out)
     lm, round, digest = load_tuned(run, name, model)
+    return Exported(out, round, digest.hex(), write_folder(lm, out))
+
+
+def delta_of_run(run: RunFolder, name: str = FINAL, model: str = "") -> Delta:
+    """The tuned model of `run` as a delta; of the base model only the config.json is needed. Raises as `load_tuned` does."""
+    config = _config(run, model)
+    layout = layout_of_architecture(config)
+    complete = _coefficients(run, name, config, layout)
+    if complete.layout != layout.digest:
+        raise _another_base(config, complete.layout, layout.digest)
+    used = {number: pool for number, pool in enumerate(complete.pools) if not pool.is_zero}
+    return Delta(
+        base=_base_name(run.config()),
+        dtype=config.dtype,
+        fingerprint=complete.fingerprint,
+        tensors=layout.tensors,
+        layout=layout.digest,
+        block_rule=ALGORITHMS[config.algorithm].block_rule(config),
+        block_sizes=layout.block_sizes,
+        digest=complete.digest,
+        round=complete.round - 1,
+        pool_every=config.pool_every,
+        family=config.family,
+        rank=config.rank,
+        size=complete.pools[0].pool.size,
+        numbers=tuple(used),
+        pools=tuple(used.values()),
+    )
+
+
+def export_delta(run: RunFolder, out: Path, name: str = FINAL, model: str = "") -> Exported:
+    """Write the tuned model of `run` to the new file `out`, as a delta.
+
+    Raises:
+        RunFolderError: `out` exists or cannot be written, or see `load_tuned`. ModelError: see `load_tuned`.
+    """
+    check_new(out)
+    delta = delta_of_run(run, name, model)
+    data = encode(delta)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(out)
+    except OSError as error:
+        raise _not_written(out, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return Exported(out, delta.round, delta.digest.hex(), len(data))
+
+
+def _config(run: RunFolder, model: str) -> RunConfig:
+    config = run.config().replace(device="cpu")
+    return config.replace(model=model) if model else config
+
+
+def _coefficients(run: RunFolder, name: str, config: RunConfig, layout: Layout) -> Instruction:
+    """The stored model of a run, as the complete instruction that a client who joins would get."""
+    algorithm = ALGORITHMS[config.algorithm]
+
+    def pool_at(number: int) -> Pool:
+        return algorithm.pool(config, layout, number)
+
+    most = pool_number(config, config.rounds) + 1
+    try:
+        return wire.decode_instruction(run.read_bytes(name), pool_at, most, layout.blocks, config.coefficient_bits)
+    except MalformedMessageError as error:
+        raise RunFolderError(f"'{run.path / name}' is damaged ({error}) Restore it from a copy.", name=name) from None
+
+
+def _base_name(config: RunConfig) -> str:
+    """What to call the base model where its path means nothing: hub name (with revision), or folder name."""
+    source = config.model if config.model == "embedded" else resolve_model(config.model)
+    if source == "embedded" or Path(source).is_dir() or source.count("/") > 1 or source[:1] in "./~":
+        return Path(source).name
+    return f"{source}@{config.revision}" if config.revision else source
+
+
+# ---------------------------------------------------------------------------------------------------- a folder
+
+
+def write_folder(lm: LanguageModel, out: Path) -> int:
+    """Write model and tokenizer as `out`, which appears whole or not at all; returns its bytes."""
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -82,12 +163,10 @@ def export_run(run: RunFolder, out: Path, name: str = FINAL, model: str = "") ->
         _save(lm, partial)
         partial.rename(out)
     except OSError as error:
-        raise RunFolderError(
-            f"'{out}' could not be written: {error.strerror or error}. Free some space or give a folder elsewhere with --out."
-        ) from error
+        raise _not_written(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(out, round, digest.hex(), sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
 def _save(lm: LanguageModel, folder: Path) -> None:
@@ -95,3 +174,17 @@ def _save(lm: LanguageModel, folder: Path) -> None:
     model.config.use_cache = True  # switched off for training
     model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
+
+
+def _another_base(config: RunConfig, expected: bytes, got: bytes) -> ModelError:
+    return ModelError(
+        f"The base model '{config.model}' is not the one that the run started from: give the same files and dtype.",
+        expected=expected.hex(),
+        got=got.hex(),
+    )
+
+
+def _not_written(out: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"'{out}' could not be written: {error.strerror or error}. Free some space or give another place with --out."
+    )

@@ -84,6 +84,12 @@ class Layout:
         text = "\n".join(f"{e.name} {'x'.join(map(str, e.shape))} {e.origin} {e.block}" for e in self.entries)
         return hashlib.sha256(text.encode()).digest()[:16]
 
+    @cached_property
+    def tensors(self) -> bytes:
+        """16 bytes over names and shapes alone, whatever the blocks: equal if and only if the architectures are."""
+        text = "\n".join(f"{e.name} {'x'.join(map(str, e.shape))}" for e in self.entries)
+        return hashlib.sha256(text.encode()).digest()[:16]
+
 
 def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """Names and parameters that are tuned, in canonical order.

@@ -101,10 +101,12 @@ class Replica:
         self._base.check()
         self._holds = None
         self.perturbation.live.begin()
-        self._source, self._steps = self._plan(coefficients.pools[:-1], coefficients.pools[-1:])
+        closed = tuple(pool for pool in coefficients.pools[:-1] if not pool.is_zero)  # adding 0 would turn -0 into 0
+        newest = coefficients.pools[-1:]
+        self._source, self._steps = self._plan(closed, newest)
         self._add(self._steps, self._source, [weight.data for weight in self.weights])
         if any(not self.directions(pool.pool).family.fast_combine for pool in self._steps):
-            self._keep(coefficients)
+            self._keep((*closed, *newest))
         self._holds = digest
         return digest
 
@@ -143,13 +145,13 @@ class Replica:
         self._folded = wanted
         return self._anchor
 
-    def _keep(self, coefficients: Coefficients) -> None:
-        """Keep the live weights at rest, to start from next time."""
+    def _keep(self, pools: tuple[PoolCoefficients, ...]) -> None:
+        """Keep the live weights, made of these pools, at rest, to start from next time."""
         if self._kept is None:
             self._kept = AtRest.blank([(tuple(weight.shape), weight.dtype) for weight in self.weights], self._in_memory)
         self._kept_is = None
         self._add((), None, self._kept.tensors, self._kept)
-        self._kept_is = _identities(coefficients.pools)
+        self._kept_is = _identities(pools)
         self._source, self._steps = self._kept, ()
 
     def _add(

@@ -7,7 +7,8 @@ byte, and raises a WireError for anything it does not expect; nothing is unpickl
     "FT" version kind=1 | round u32 | base fingerprint 16 | layout digest 16 | digest of the model to start from 16
     | pools held u16 | pools sent u16 | pools ... | weights flag u8 [| K x u16 draw weights]
   pool
-    identity 8 | form u8 (0 zero, 1 dense, 2 sparse) [| exponents L x i8 [| bitmap ceil(L K / 8)] | packed values]
+    identity 8 | form u8 (0 zero, 1 dense, 2 sparse, 3 difference) [| exponents L x i8
+    [| names what it differs from 8 | bits u8] [| bitmap ceil(L K / 8)] | packed values]
   update (client to server)
     "FT" version kind=2|3 | round u32 | digest of the model it started from 16 | status u8 | steps u32 | examples u32
     | mean training loss f32
@@ -22,17 +23,20 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.coefficients import MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients
+from fedtune import packing
+from fedtune.coefficients import PoolCoefficients
 from fedtune.directions.base import F32, Pool
 from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError
+from fedtune.packing import Reader, take_pool
 
 U16 = npt.NDArray[np.uint16]
-MAGIC, VERSION = b"FT", 1
+MAGIC, VERSION = b"FT", 2
+encode_pool, decode_pool = packing.encode_pool, packing.decode_pool  # a part of the format that also stands alone
 _HEAD = struct.Struct("<2sBBI")
 _INSTRUCTION = struct.Struct("<16s16s16sHH")
 _UPDATE = struct.Struct("<16sBIIf")
@@ -44,14 +48,6 @@ class Kind(IntEnum):
     INSTRUCTION = 1
     SCALARS = 2
     COORDINATES = 3
-
-
-class Form(IntEnum):
-    """How the coefficients of a pool are written."""
-
-    ZERO = 0
-    DENSE = 1
-    SPARSE = 2
 
 
 class Status(IntEnum):
@@ -72,6 +68,8 @@ class Instruction:
         held: number of leading pools that the client is assumed to hold.
         pools: the pools after those, the last one open.
         draw_weights: uint16 [K], probabilities of the seeds as whole numbers (FedKSeed-Pro); empty for uniform.
+        known: what the client is assumed to have of pools[0] from an earlier round; not sent, but the pool may be written
+            as what changed since.
     """
 
     round: int
@@ -81,6 +79,7 @@ class Instruction:
     held: int
     pools: tuple[PoolCoefficients, ...]
     draw_weights: U16
+    known: PoolCoefficients | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,107 +131,6 @@ def unpack_scalars(data: bytes, bits: int) -> F32:
     return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------- pools
-
-
-def pack_integers(q: npt.NDArray[np.int32], bits: int) -> bytes:
-    """int32 [n], each in -2^(bits-1)+1 .. 2^(bits-1)-1, to ceil(n * bits / 8) bytes, lowest bit first."""
-    shifted = (q.astype(np.int64) + (1 << (bits - 1))).astype(np.uint32)
-    planes = ((shifted[:, None] >> np.arange(bits, dtype=np.uint32)) & 1).astype(np.uint8)
-    return np.packbits(planes.reshape(-1), bitorder="little").tobytes()
-
-
-def unpack_integers(data: bytes, count: int, bits: int) -> npt.NDArray[np.int32]:
-    """The inverse of `pack_integers`. Raises MalformedMessageError for a value or padding that it never writes."""
-    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
-    if flat[count * bits :].any():
-        raise MalformedMessageError("Padding bits are set.")
-    planes = flat[: count * bits].reshape(count, bits).astype(np.int64)
-    values = (planes << np.arange(bits)).sum(axis=1)
-    if count and int(values.min()) == 0:
-        raise MalformedMessageError("A coefficient is outside its grid.")
-    return np.asarray(values - (1 << (bits - 1)), dtype=np.int32)
-
-
-def encode_pool(coefficients: PoolCoefficients, bits: int) -> bytes:
-    """One pool, in the shortest of its forms."""
-    head = coefficients.pool.identity
-    if coefficients.is_zero:
-        return head + bytes([Form.ZERO])
-    flat = coefficients.q.reshape(-1)
-    used = flat != 0
-    dense = _packed_length(flat.size, bits)
-    sparse = _packed_length(flat.size, 1) + _packed_length(int(used.sum()), bits)
-    exponents = coefficients.exponents.astype("<i1").tobytes()
-    if dense <= sparse:
-        return head + bytes([Form.DENSE]) + exponents + pack_integers(flat, bits)
-    bitmap = np.packbits(used, bitorder="little").tobytes()
-    return head + bytes([Form.SPARSE]) + exponents + bitmap + pack_integers(flat[used], bits)
-
-
-def _packed_length(count: int, bits: int) -> int:
-    return (count * bits + 7) // 8
-
-
-class _Reader:
-    """Takes bytes from the front of a message and refuses to run past its end."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def take(self, length: int) -> bytes:
-        if length > len(self._data) - self._at:
-            raise MalformedMessageError(
-                f"The message ends after {len(self._data)} bytes; {self._at + length} were announced.",
-                length=len(self._data),
-            )
-        taken = self._data[self._at : self._at + length]
-        self._at += length
-        return taken
-
-    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
-        return layout.unpack(self.take(layout.size))
-
-    def finish(self) -> None:
-        if self._at != len(self._data):
-            raise MalformedMessageError(f"The message has {len(self._data)} bytes; {self._at} were announced.")
-
-
-def decode_pool(data: bytes, pool: Pool, blocks: int, bits: int) -> PoolCoefficients:
-    """The inverse of `encode_pool`. Raises MalformedMessageError or MismatchError."""
-    reader = _Reader(data)
-    decoded = _decode_pool(reader, pool, blocks, bits)
-    reader.finish()
-    return decoded
-
-
-def _decode_pool(reader: _Reader, pool: Pool, blocks: int, bits: int) -> PoolCoefficients:
-    if reader.take(8) != pool.identity:
-        raise MismatchError(
-            "The message uses another pool of directions: server and client must run with the same seed, family and K."
-        )
-    size = blocks * pool.size
-    form = reader.take(1)[0]
-    if form == Form.ZERO:
-        return PoolCoefficients(pool, np.zeros((blocks, pool.size), np.int32), np.zeros(blocks, np.int32))
-    if form not in (Form.DENSE, Form.SPARSE):
-        raise MalformedMessageError(f"There is no form {form} of coefficients.")
-    exponents = np.frombuffer(reader.take(blocks), dtype="<i1").astype(np.int32)
-    if (exponents < MIN_EXPONENT).any() or (exponents > MAX_EXPONENT).any():
-        raise MalformedMessageError("An exponent is outside its range.")
-    if form == Form.DENSE:
-        q = unpack_integers(reader.take(_packed_length(size, bits)), size, bits)
-    else:
-        marks = np.unpackbits(np.frombuffer(reader.take(_packed_length(size, 1)), np.uint8), bitorder="little")
-        if marks[size:].any():
-            raise MalformedMessageError("Padding bits are set.")
-        used = marks[:size].astype(bool)
-        count = int(used.sum())
-        q = np.zeros(size, dtype=np.int32)
-        q[used] = unpack_integers(reader.take(_packed_length(count, bits)), count, bits)
-    return PoolCoefficients(pool, q.reshape(blocks, pool.size), exponents)
-
-
 # ---------------------------------------------------------------------------------------------------- messages
 
 
@@ -243,14 +141,21 @@ def encode_instruction(instruction: Instruction, bits: int) -> bytes:
         _INSTRUCTION.pack(
             instruction.fingerprint, instruction.layout, instruction.digest, instruction.held, len(instruction.pools)
         ),
-        *(encode_pool(pool, bits) for pool in instruction.pools),
+        *(encode_pool(pool, bits, None if number else instruction.known) for number, pool in enumerate(instruction.pools)),
         bytes([1 if instruction.draw_weights.size else 0]),
         instruction.draw_weights.astype("<u2").tobytes(),
     ]
     return b"".join(parts)
 
 
-def decode_instruction(data: bytes, pool_at: Callable[[int], Pool], most_pools: int, blocks: int, bits: int) -> Instruction:
+def decode_instruction(
+    data: bytes,
+    pool_at: Callable[[int], Pool],
+    most_pools: int,
+    blocks: int,
+    bits: int,
+    known_at: Callable[[int], PoolCoefficients | None] = lambda number: None,
+) -> Instruction:
     """Read an instruction.
 
     Args:
@@ -259,16 +164,20 @@ def decode_instruction(data: bytes, pool_at: Callable[[int], Pool], most_pools: 
         most_pools: pools that the whole run can have.
         blocks: L of the client's layout.
         bits: per coefficient.
+        known_at: what the reader has of the pool with a given number, if anything; asked if the message is a difference.
 
     Raises:
         MalformedMessageError, MismatchError: see `fedtune.errors`.
+        StaleReplicaError: the message is a difference from something else than what the reader has.
     """
-    reader = _Reader(data)
+    reader = Reader(data)
     round = _read_head(reader, Kind.INSTRUCTION)
     fingerprint, layout, digest, held, sent = reader.unpack(_INSTRUCTION)
     if held + sent > most_pools or sent == 0:
         raise MismatchError(f"The message speaks of {held + sent} pools; this run has at most {most_pools}.")
-    decoded = tuple(_decode_pool(reader, pool_at(number), blocks, bits) for number in range(held, held + sent))
+    decoded = tuple(
+        take_pool(reader, pool_at(number), blocks, bits, partial(known_at, number)) for number in range(held, held + sent)
+    )
     size = decoded[-1].pool.size
     flag = reader.take(1)[0]
     if flag > 1:
@@ -323,7 +232,7 @@ def decode_update(
         MismatchError: another round, or another model than the one sent out.
         NonFiniteError: a NaN or an infinity.
     """
-    reader = _Reader(data)
+    reader = Reader(data)
     number = _read_head(reader, kind)
     if number != round:
         raise MismatchError(f"The update is for round {number}; this is round {round}.", got=number, expected=round)
@@ -348,7 +257,7 @@ def decode_update(
     return Update(number, digest, Status(status), steps, examples, loss, scalars, counts)
 
 
-def _read_head(reader: _Reader, kind: Kind) -> int:
+def _read_head(reader: Reader, kind: Kind) -> int:
     magic, version, got, number = reader.unpack(_HEAD)
     if magic != MAGIC:
         raise MalformedMessageError("This is not a fedtune message.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -16,12 +17,14 @@ from flwr.serverapp.strategy import Strategy
 
 from fedtune import errors, wire
 from fedtune.algorithms import Algorithm, State
-from fedtune.coefficients import Coefficients, quantise
+from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
 from fedtune.config import RunConfig
-from fedtune.errors import FedtuneError, ModelError, NonFiniteError, WireError
+from fedtune.errors import FedtuneError, NonFiniteError, WireError
 from fedtune.layout import Layout
 from fedtune.progress import ClientFinished, Note, RoundStarted, emit
+from fedtune.selftest import SelfTest, self_test
 from fedtune.wire import Instruction, Status, Update
+from server.admission import check_fit
 from server.sampling import natural_order, sample_clients
 
 RECORD = "fedtune"  # name of the one ConfigRecord in every message
@@ -29,11 +32,15 @@ RECORD = "fedtune"  # name of the one ConfigRecord in every message
 
 @dataclass
 class Client:
-    """What the server knows about a client: Flower's node id, number of samples, pools that it holds."""
+    """What the server knows about a client: Flower's node id, number of samples, pools that it holds.
+
+    `known` is what it has of the pool after those: that of the instruction which it answered last. None: perhaps nothing.
+    """
 
     node: int
     examples: int
     pools_held: int = 0
+    known: PoolCoefficients | None = None
 
 
 @dataclass
@@ -67,6 +74,10 @@ class CoefficientStrategy(Strategy):
         self._model = self.state.published(config.coefficient_bits)
         self._digest = self._model.digest(fingerprint)
         self._asked: dict[str, str] = {}
+
+    @cached_property
+    def _tested(self) -> SelfTest:
+        return self_test(self.algorithm.pool(self.config, self.layout, 0))
 
     @property
     def model(self) -> Coefficients:
@@ -118,11 +129,7 @@ class CoefficientStrategy(Strategy):
         client, examples = record.get("client"), record.get("examples")
         if not isinstance(client, str) or not isinstance(examples, int) or examples < 1:
             raise WireError("A node introduced itself without a client id or without samples.")
-        if record.get("fingerprint") != self.fingerprint or record.get("layout") != self.layout.digest:
-            raise ModelError(
-                f"Client {client} holds another base model than the server: give both the same files, dtype and algorithm.",
-                client=client,
-            )
+        check_fit(client, record, self.fingerprint, self.layout.digest, self._tested)
         if client in self.clients and self.clients[client].node != node:
             raise WireError(f"Two nodes call themselves client {client}: give each its own client-id or partition-id.")
         self.clients[client] = Client(node, examples)
@@ -144,7 +151,7 @@ class CoefficientStrategy(Strategy):
         client_of = {message_id: client for client, message_id in self._asked.items()}
         behind = [client_of[_answers(reply)] for reply in replies if _answers(reply) in client_of and is_behind(reply)]
         for client in behind:
-            self.clients[client].pools_held = 0
+            self.clients[client].pools_held, self.clients[client].known = 0, None
         return [self._instruct(server_round, client) for client in behind]
 
     def note_sent(self, sent: Iterable[Message]) -> None:
@@ -165,10 +172,13 @@ class CoefficientStrategy(Strategy):
             try:
                 updates[client] = self._read(server_round, reply)
                 self.clients[client].pools_held = len(self._model.pools) - 1
+                self.clients[client].known = self._model.pools[-1]
                 self._finished(server_round, client, "")
             except FedtuneError as problem:
+                self.clients[client].known = None
                 self._finished(server_round, client, f"{type(problem).__name__}: {problem}")
         for client in sorted(client_of.values(), key=natural_order):
+            self.clients[client].known = None
             self._finished(server_round, client, f"no answer within {self.config.round_timeout:g} s")
         if updates:
             self._move(server_round, updates)
@@ -185,6 +195,7 @@ class CoefficientStrategy(Strategy):
             held=held,
             pools=self._model.pools[held:],
             draw_weights=self.algorithm.draw_weights(self.state),
+            known=known.known,
         )
         payload = wire.encode_instruction(instruction, self.config.coefficient_bits)
         self.tally.bytes_down += len(payload)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import wire
-from fedtune.coefficients import PoolCoefficients
+from fedtune import packing, wire
+from fedtune.coefficients import PoolCoefficients, quantise
 from fedtune.directions.base import Pool
-from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError, WireError
+from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError, StaleReplicaError, WireError
 from fedtune.wire import Instruction, Kind, Status, Update
 
 POOLS = [Pool("hadamard", number, 8) for number in range(3)]
@@ -52,17 +52,17 @@ def read_update(data: bytes, kind: Kind = Kind.SCALARS, bits: int = 32, **change
 
 def test_golden_bytes_of_an_instruction() -> None:
     expected = (
-        "4654010101000000" + FINGERPRINT.hex() + LAYOUT.hex() + DIGEST.hex() + "00000100"
+        "4654020101000000" + FINGERPRINT.hex() + LAYOUT.hex() + DIGEST.hex() + "00000100"
         + POOLS[0].identity.hex() + "01" + "ec" + "59f888a1" + "00"
     )  # fmt: skip
     assert wire.encode_instruction(instruction(), 4).hex() == expected
 
 
 def test_golden_bytes_of_updates() -> None:
-    head = "46540102" + "04000000" + DIGEST.hex() + "00" + "03000000" + "78000000" + "00002040"
+    head = "46540202" + "04000000" + DIGEST.hex() + "00" + "03000000" + "78000000" + "00002040"
     assert wire.encode_update(scalars(), 32).hex() == head + "0000803f" + "000020c0" + "00000000"
     assert wire.encode_update(scalars(), 16).hex() == head + "803f" + "20c0" + "0000"
-    head = "46540103" + "04000000" + DIGEST.hex() + "00" + "14000000" + "78000000" + "00002040"
+    head = "46540203" + "04000000" + DIGEST.hex() + "00" + "14000000" + "78000000" + "00002040"
     assert wire.encode_update(coordinates(), 16).hex() == head + "010000000200" + "003f" + "80be" + "0041"
 
 
@@ -85,9 +85,9 @@ def test_an_instruction_survives_the_wire(bits: int) -> None:
 def test_packed_integers_survive(bits: int, data: st.DataObject) -> None:
     limit = 2 ** (bits - 1) - 1
     values = np.array(data.draw(st.lists(st.integers(-limit, limit), max_size=40)), dtype=np.int32)
-    packed = wire.pack_integers(values, bits)
+    packed = packing.pack_integers(values, bits)
     assert len(packed) == -(-len(values) * bits // 8)
-    assert wire.unpack_integers(packed, len(values), bits).tolist() == values.tolist()
+    assert packing.unpack_integers(packed, len(values), bits).tolist() == values.tolist()
 
 
 def test_the_shorter_form_is_chosen() -> None:
@@ -95,10 +95,10 @@ def test_the_shorter_form_is_chosen() -> None:
     few = np.zeros((1, 1024), dtype=np.int32)
     few[0, :10] = 5
     exponents = np.array([-3], dtype=np.int32)
-    sparse = wire.encode_pool(PoolCoefficients(pool, few, exponents), 8)
-    dense = wire.encode_pool(PoolCoefficients(pool, few + 1, exponents), 8)
+    sparse = packing.encode_pool(PoolCoefficients(pool, few, exponents), 8)
+    dense = packing.encode_pool(PoolCoefficients(pool, few + 1, exponents), 8)
     assert (len(sparse), len(dense)) == (8 + 1 + 1 + 128 + 10, 8 + 1 + 1 + 1024)
-    assert wire.decode_pool(sparse, pool, 1, 8).q.tolist() == few.tolist()
+    assert packing.decode_pool(sparse, pool, 1, 8).q.tolist() == few.tolist()
 
 
 @pytest.mark.parametrize("bits", [16, 32])
@@ -220,4 +220,112 @@ def test_random_bytes_never_cause_anything_but_a_wire_error(noise: bytes, with_h
         except WireError:
             continue
     with contextlib.suppress(WireError):
-        read_instruction(HEAD.pack(b"FT", 1, 1, 1) + noise if with_head else noise)
+        read_instruction(HEAD.pack(b"FT", 2, 1, 1) + noise if with_head else noise)
+
+
+# ---------------------------------------------------------------------------------------------------- differences
+
+
+def chain(bits: int = 8, size: int = 64, blocks: int = 2) -> list[PoolCoefficients]:
+    """A pool that grows from round to round, with exponents that change on the way."""
+    generator, pool = np.random.default_rng(5), Pool("hadamard", 0, size)
+    values, states = np.zeros((blocks, size)), []
+    for number in range(12):
+        moved = generator.random((blocks, size)) < 0.1
+        values = values + moved * generator.standard_normal((blocks, size)) * 1.5**number
+        states.append(quantise(pool, values, bits))
+    return states
+
+
+@pytest.mark.parametrize("bits", [2, 8, 24])
+@pytest.mark.parametrize("missed", [1, 2, 5])
+def test_a_difference_leads_to_the_same_coefficients(bits: int, missed: int) -> None:
+    states = chain(bits)
+    assert len({tuple(state.exponents.tolist()) for state in states}) > 2
+    for before, after in zip(states, states[missed:], strict=False):
+        written = packing.encode_pool(after, bits, before)
+        got = packing.decode_pool(written, after.pool, 2, bits, lambda known=before: known)
+        assert got.identity == after.identity
+        assert len(written) <= len(packing.encode_pool(after, bits))
+
+
+def test_what_changed_is_less_than_everything() -> None:
+    """K = 4096 at 8 bits; 100 coefficients changed by a little: a bitmap, and 3 bits each."""
+    pool = Pool("hadamard", 0, 4096)
+    before = PoolCoefficients(pool, np.full((1, 4096), 5, np.int32), np.array([-20], np.int32))
+    changed = before.q.copy()
+    changed[0, :100] += 3
+    after = PoolCoefficients(pool, changed, before.exponents)
+    assert len(packing.encode_pool(after, 8)) == 8 + 1 + 1 + 4096
+    assert len(packing.encode_pool(after, 8, before)) == 8 + 1 + 1 + 8 + 1 + 512 + 38
+    assert len(packing.encode_pool(before, 8, before)) == 8 + 1 + 1 + 8 + 1 + 512
+
+
+def test_golden_bytes_of_a_difference() -> None:
+    """From [1, -3, 0, 7, 0, 0, -7, 2] * 2^-20 to a grid twice as coarse: halves go to the even number."""
+    before = coefficients()
+    after = PoolCoefficients(POOLS[0], np.array([[0, -2, 0, 4, 0, 1, -4, 1]], np.int32), np.array([-19], np.int32))
+    written = packing.encode_pool(after, 24, before)
+    assert written.hex() == POOLS[0].identity.hex() + "03" + "ed" + before.identity[:8].hex() + "02" + "20" + "03"
+    assert packing.decode_pool(written, POOLS[0], 1, 24, lambda: before).q.tolist() == after.q.tolist()
+
+
+def test_a_pool_is_never_a_difference_from_another_pool() -> None:
+    other = PoolCoefficients(POOLS[1], coefficients().q, coefficients().exponents)
+    assert packing.encode_pool(coefficients(), 4, other) == packing.encode_pool(coefficients(), 4)
+
+
+def test_the_first_pool_of_an_instruction_may_be_a_difference() -> None:
+    """The pool that was open when the client answered, in an instruction that closes it."""
+    before, after = coefficients(), coefficients(values=[1, -3, 0, 8, 0, 0, -7, 2])
+    sent = instruction(held=0, pools=(after, coefficients(1, [0] * 8)), known=before)
+    data = wire.encode_instruction(sent, 24)
+    asked: list[int] = []
+
+    def known_at(number: int) -> PoolCoefficients:
+        asked.append(number)
+        return before
+
+    got = wire.decode_instruction(data, POOLS.__getitem__, len(POOLS), 1, 24, known_at)
+    assert [pool.identity for pool in got.pools] == [pool.identity for pool in sent.pools]
+    assert asked == [0]
+    with pytest.raises(StaleReplicaError, match="since a state that this client does not hold"):
+        read_instruction(data, 24)
+
+
+def difference() -> tuple[PoolCoefficients, bytes]:
+    before = coefficients()
+    after = PoolCoefficients(POOLS[0], before.q + np.eye(1, 8, dtype=np.int32), before.exponents)
+    return before, packing.encode_pool(after, 24, before)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "error", "text"),
+    [
+        (9, 0x7F, MalformedMessageError, "exponent is outside"),
+        (10, None, StaleReplicaError, "does not hold"),
+        (18, 1, MalformedMessageError, "2 to 25 bits, not 1"),
+        (18, 26, MalformedMessageError, "2 to 25 bits, not 26"),
+        (19, 0xFF, MalformedMessageError, "were announced"),
+        (20, 0, MalformedMessageError, "outside its grid"),
+        (20, 0xFF, MalformedMessageError, "Padding bits"),
+    ],
+)
+def test_a_hostile_difference_is_refused(at: int, value: int | None, error: type[Exception], text: str) -> None:
+    before, data = difference()
+    changed = bytearray(data)
+    changed[at] = value if value is not None else changed[at] ^ 1
+    with pytest.raises(error, match=text):
+        packing.decode_pool(bytes(changed), POOLS[0], 1, 24, lambda: before)
+
+
+def test_a_difference_beyond_the_grid_is_refused() -> None:
+    before, data = difference()
+    with pytest.raises(MalformedMessageError, match="outside its grid"):
+        packing.decode_pool(data[:9] + b"\xe8" + data[10:], POOLS[0], 1, 4, lambda: before)
+
+
+def test_coefficients_beyond_exact_sums_are_refused() -> None:
+    heavy = PoolCoefficients(POOLS[0], np.full((1, 8), 2**23 - 1, np.int32), np.zeros(1, np.int32))
+    with pytest.raises(MalformedMessageError, match="too large for exact sums"):
+        packing.decode_pool(packing.encode_pool(heavy, 24), POOLS[0], 1, 24)

@@ -100,7 +100,11 @@ def _memory_rows(found: Needs, config: RunConfig) -> list[TableRow]:
 
 
 def _byte_rows(found: Needs, config: RunConfig) -> list[TableRow]:
-    down = "a pool; a client gets all that it has not seen" if config.pool_every else "at most; early rounds send less"
+    down = (
+        "a pool; a client gets all that it has not seen"
+        if config.pool_every
+        else "at most; early rounds, and clients asked lately, get less"
+    )
     return [
         ("up, client and round", in_bytes(found.up), ""),
         ("down, client and round", in_bytes(found.down), down),

@@ -1,7 +1,8 @@
-"""`fedtune export`: a finished (or stopped) run as a Hugging Face folder."""
+"""`fedtune export`: a finished (or stopped) run as a Hugging Face folder or as a file of kilobytes."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,29 +13,48 @@ from fedtune.cli.numbers import in_bytes
 from fedtune.run_folder import RunFolder, check_new
 
 
+class Format(StrEnum):
+    """What is written."""
+
+    hf = "hf"
+    delta = "delta"
+
+
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run folder.", show_default=False)],
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="The new folder.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", metavar="PATH", help="The new folder or file.", show_default=False)],
+    form: Annotated[
+        Format, typer.Option("--format", help="A Hugging Face folder, or the coefficients alone, for `fedtune apply`.")
+    ] = Format.hf,
     model: Annotated[
         str, typer.Option("--model", metavar="MODEL", help="Where the base model is now, if it moved.", show_default=False)
     ] = "",
     best: Annotated[bool, typer.Option("--best", help="The round with the lowest held-out loss instead of the last.")] = False,
 ) -> None:
-    """Write the tuned model as a Hugging Face folder that AutoModelForCausalLM.from_pretrained loads.
+    """Write the tuned model as a Hugging Face folder that AutoModelForCausalLM.from_pretrained loads, or as a delta.
 
     [bold]fedtune export runs/demo_ferret-20250101-120000 --out tuned[/bold]
 
-    The model is rebuilt from the base model and the run's coefficients and checked against the run's digest.
+    [bold]fedtune export runs/demo_fedkseed-20250101-120000 --format delta --out tuned.safetensors[/bold]
+
+    A folder is rebuilt from the base model and the run's coefficients and checked against the run's digest. A delta is a
+    file of kilobytes; whoever has the base model makes the same weights of it with `fedtune apply`.
     """
     folder = RunFolder.open(run)
     check_new(out)
     console = Console(highlight=False)
-    console.print("rebuilding the model from base and coefficients", style="dim")
-    from fedtune.export import BEST, FINAL, export_run
+    if form is Format.hf:
+        console.print("rebuilding the model from base and coefficients", style="dim")
+    from fedtune.export import BEST, FINAL, export_delta, export_run
 
-    done = export_run(folder, Path(out), BEST if best else FINAL, model)
+    write = export_run if form is Format.hf else export_delta
+    done = write(folder, Path(out), BEST if best else FINAL, model)
+    use = {
+        Format.hf: f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',
+        Format.delta: f"`fedtune apply BASE {done.path} --out DIR` makes the model of it.",
+    }
     for line in (
-        f"'{done.folder}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest}",
-        f'AutoModelForCausalLM.from_pretrained("{done.folder}") loads it.',
+        f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest}",
+        use[form],
     ):
         console.print(line, markup=False, soft_wrap=True)

@@ -18,10 +18,13 @@ from rich.console import Console
 from rich.text import Text
 
 import fedtune
+from fedtune.cli.apply import apply
 from fedtune.cli.data import data_app
+from fedtune.cli.delta import delta_app
 from fedtune.cli.demo import demo
 from fedtune.cli.estimate import estimate
 from fedtune.cli.export import export
+from fedtune.cli.ledger import ledger_app
 from fedtune.cli.presets import presets
 from fedtune.cli.settings import settings
 from fedtune.cli.simulate import simulate
@@ -61,6 +64,9 @@ app.command("presets")(presets)
 app.add_typer(data_app, name="data")
 app.command("estimate")(estimate)
 app.command("export")(export)
+app.command("apply")(apply)
+app.add_typer(delta_app, name="delta")
+app.add_typer(ledger_app, name="ledger")
 app.command("settings")(settings)
 
 

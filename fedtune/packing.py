@@ -1,0 +1,198 @@
+"""Bytes of the coefficients of one pool, in the shortest of four forms: nothing, all of them, the non-zero ones, what changed.
+
+    zero         all coefficients are zero
+    dense        L K whole numbers
+    sparse       a bitmap of those that are not zero, and those
+    difference   a bitmap and what is to be added to the coefficients that the reader has from an earlier round, after these
+                 are rounded to the new grid
+
+docs/wire.md is the specification.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.coefficients import EXACT_SUM, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients
+from fedtune.directions.base import Pool
+from fedtune.errors import MalformedMessageError, MismatchError, StaleReplicaError
+
+Known = Callable[[], PoolCoefficients | None]
+"""Gives the coefficients of a pool that the reader has from an earlier round, if any."""
+
+WIDEST = 25  # bits of a difference of two coefficients of 24 bits
+LARGEST = 2**23 - 1  # the largest coefficient of any grid
+
+
+class Form(IntEnum):
+    """How the coefficients of a pool are written."""
+
+    ZERO = 0
+    DENSE = 1
+    SPARSE = 2
+    DIFFERENCE = 3
+
+
+def pack_integers(q: npt.NDArray[np.int32], bits: int) -> bytes:
+    """int32 [n], each in -2^(bits-1)+1 .. 2^(bits-1)-1, to ceil(n * bits / 8) bytes, lowest bit first."""
+    shifted = (q.astype(np.int64) + (1 << (bits - 1))).astype(np.uint32)
+    planes = ((shifted[:, None] >> np.arange(bits, dtype=np.uint32)) & 1).astype(np.uint8)
+    return np.packbits(planes.reshape(-1), bitorder="little").tobytes()
+
+
+def unpack_integers(data: bytes, count: int, bits: int) -> npt.NDArray[np.int32]:
+    """The inverse of `pack_integers`. Raises MalformedMessageError for a value or padding that it never writes."""
+    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
+    if flat[count * bits :].any():
+        raise MalformedMessageError("Padding bits are set.")
+    planes = flat[: count * bits].reshape(count, bits).astype(np.int64)
+    values = (planes << np.arange(bits)).sum(axis=1)
+    if count and int(values.min()) == 0:
+        raise MalformedMessageError("A coefficient is outside its grid.")
+    return np.asarray(values - (1 << (bits - 1)), dtype=np.int32)
+
+
+def encode_pool(coefficients: PoolCoefficients, bits: int, known: PoolCoefficients | None = None) -> bytes:
+    """One pool, in the shortest of its forms; `known` is what the reader has of it from an earlier round."""
+    head = coefficients.pool.identity
+    if coefficients.is_zero:
+        return head + bytes([Form.ZERO])
+    flat = coefficients.q.reshape(-1)
+    exponents = coefficients.exponents.astype("<i1").tobytes()
+    forms = [
+        lambda: bytes([Form.DENSE]) + exponents + pack_integers(flat, bits),
+        lambda: bytes([Form.SPARSE]) + exponents + _pack_sparse(flat, bits),
+    ]
+    lengths = [_packed_length(flat.size, bits), _sparse_length(flat, bits)]
+    if known is not None and known.pool == coefficients.pool:
+        change = flat - _on_grid(known, coefficients.exponents).reshape(-1)
+        width = max(2, int(np.abs(change).max()).bit_length() + 1)
+        start = exponents + known.identity[:8] + bytes([width])
+        forms.append(lambda: bytes([Form.DIFFERENCE]) + start + _pack_sparse(change, width))
+        lengths.append(9 + _sparse_length(change, width))
+    return head + forms[lengths.index(min(lengths))]()
+
+
+def _on_grid(known: PoolCoefficients, exponents: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """int32 [L, K]: `known` on the grid of other exponents, rounded to nearest, halves to even; exact in float64.
+
+    A coefficient that would be too large for the grid is taken for zero.
+    """
+    moved = np.rint(np.ldexp(known.q.astype(np.float64), (known.exponents - exponents)[:, None]))
+    return np.where(np.abs(moved) <= LARGEST, moved, 0.0).astype(np.int32)
+
+
+def _pack_sparse(flat: npt.NDArray[np.int32], bits: int) -> bytes:
+    """A bitmap of what is not zero, then those values."""
+    used = flat != 0
+    return np.packbits(used, bitorder="little").tobytes() + pack_integers(flat[used], bits)
+
+
+def _sparse_length(flat: npt.NDArray[np.int32], bits: int) -> int:
+    return _packed_length(flat.size, 1) + _packed_length(int((flat != 0).sum()), bits)
+
+
+def _packed_length(count: int, bits: int) -> int:
+    return (count * bits + 7) // 8
+
+
+class Reader:
+    """Takes bytes from the front of a message and refuses to run past its end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def take(self, length: int) -> bytes:
+        if length > len(self._data) - self._at:
+            raise MalformedMessageError(
+                f"The message ends after {len(self._data)} bytes; {self._at + length} were announced.",
+                length=len(self._data),
+            )
+        taken = self._data[self._at : self._at + length]
+        self._at += length
+        return taken
+
+    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
+        return layout.unpack(self.take(layout.size))
+
+    def finish(self) -> None:
+        if self._at != len(self._data):
+            raise MalformedMessageError(f"The message has {len(self._data)} bytes; {self._at} were announced.")
+
+
+def decode_pool(data: bytes, pool: Pool, blocks: int, bits: int, known: Known = lambda: None) -> PoolCoefficients:
+    """The inverse of `encode_pool`; `known` is called if the pool is written as a difference.
+
+    Raises:
+        MalformedMessageError, MismatchError. StaleReplicaError: a difference from what `known` does not give.
+    """
+    reader = Reader(data)
+    decoded = take_pool(reader, pool, blocks, bits, known)
+    reader.finish()
+    return decoded
+
+
+def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) -> PoolCoefficients:
+    """`decode_pool` of what comes next in a message."""
+    if reader.take(8) != pool.identity:
+        raise MismatchError(
+            "The message uses another pool of directions: server and client must run with the same seed, family and K."
+        )
+    size = blocks * pool.size
+    form = reader.take(1)[0]
+    if form == Form.ZERO:
+        return PoolCoefficients(pool, np.zeros((blocks, pool.size), np.int32), np.zeros(blocks, np.int32))
+    if form not in tuple(Form):
+        raise MalformedMessageError(f"There is no form {form} of coefficients.")
+    exponents = np.frombuffer(reader.take(blocks), dtype="<i1").astype(np.int32)
+    if (exponents < MIN_EXPONENT).any() or (exponents > MAX_EXPONENT).any():
+        raise MalformedMessageError("An exponent is outside its range.")
+    if form == Form.DENSE:
+        q = unpack_integers(reader.take(_packed_length(size, bits)), size, bits)
+    elif form == Form.SPARSE:
+        q = _unpack_sparse(reader, size, bits)
+    else:
+        q = _apply_difference(reader, exponents, size, bits, known)
+    q = q.reshape(blocks, pool.size)
+    if (np.abs(q.astype(np.int64)).sum(axis=1) > EXACT_SUM).any():
+        raise MalformedMessageError("The coefficients of a block are too large for exact sums.")
+    return PoolCoefficients(pool, q, exponents)
+
+
+def _unpack_sparse(reader: Reader, size: int, bits: int) -> npt.NDArray[np.int32]:
+    """The inverse of `_pack_sparse`: int32 [size]."""
+    marks = np.unpackbits(np.frombuffer(reader.take(_packed_length(size, 1)), np.uint8), bitorder="little")
+    if marks[size:].any():
+        raise MalformedMessageError("Padding bits are set.")
+    used = marks[:size].astype(bool)
+    count = int(used.sum())
+    flat = np.zeros(size, dtype=np.int32)
+    flat[used] = unpack_integers(reader.take(_packed_length(count, bits)), count, bits)
+    return flat
+
+
+def _apply_difference(
+    reader: Reader,
+    exponents: npt.NDArray[np.int32],
+    size: int,
+    bits: int,
+    known: Known,
+) -> npt.NDArray[np.int32]:
+    """int32 [size]: the coefficients that a difference leads to."""
+    name, width = reader.take(8), reader.take(1)[0]
+    if not 2 <= width <= WIDEST:
+        raise MalformedMessageError(f"A difference has 2 to {WIDEST} bits, not {width}.")
+    change = _unpack_sparse(reader, size, width)
+    start = known()
+    if start is None or start.identity[:8] != name:
+        raise StaleReplicaError("The message says what changed since a state that this client does not hold.")
+    q = _on_grid(start, exponents).reshape(-1) + change
+    if (np.abs(q) > 2 ** (bits - 1) - 1).any():
+        raise MalformedMessageError("A coefficient is outside its grid.")
+    return q
