@@ -112,19 +112,22 @@ def _apply_piece(run: Run, piece: tuple[Tensor, Tensor, int]) -> None:
 def _move_and_add_piece(move: Run, add: Run, piece: tuple[Tensor, Tensor, int]) -> None:
     """`move` in place, then `add` from there to the other tensor, by parts that stay in a core's cache."""
     weight, out, p0 = piece
-    scratch = None if is_direct(weight) and is_direct(out) else torch.empty(min(CACHED, len(weight)))
-    for a in range(0, len(weight), CACHED):
+    starts = range(0, len(weight), CACHED)
+    if is_direct(weight) and is_direct(out):
+        moved, values = as_array(weight), as_array(out)
+        for a in starts:
+            move(moved[a : a + CACHED], moved[a : a + CACHED], p0 + a)
+            add(values[a : a + CACHED], moved[a : a + CACHED], p0 + a)
+        return
+    scratch = torch.empty(min(CACHED, len(weight)))
+    for a in starts:
         source, target = weight[a : a + CACHED], out[a : a + CACHED]
-        if scratch is None:
-            moved, values = as_array(source), as_array(target)
-            move(moved, moved, p0 + a)
-            add(values, moved, p0 + a)
-            continue
-        values = as_array(scratch[: len(source)])
+        part = scratch[: len(source)]
+        values = as_array(part)
         for run, result in ((move, source), (add, target)):
-            scratch[: len(source)].copy_(source)
+            part.copy_(source)
             run(values, values, p0 + a)
-            result.copy_(scratch[: len(source)])
+            result.copy_(part)
 
 
 def _rows(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

@@ -17,7 +17,7 @@ from fedtune.directions.counters import COLUMNS, SIGNS
 from fedtune.directions.cpu.compiled import kernel
 from fedtune.directions.cpu.permute import permute16
 from fedtune.directions.cpu.philox import SCRATCH, random_words
-from fedtune.directions.cpu.signs import add_flipped, add_signs, copy_flipped, copy_unless_same
+from fedtune.directions.cpu.signs import add_flipped, add_signs, copy_flipped
 from fedtune.directions.cpu.transform import SMALLEST, walsh_hadamard
 
 # Bit i of mask q is bit q of i, so the signs of column c over 32 positions are the xor of the masks of its set bits.
@@ -35,11 +35,10 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
         p = p0 + done
         size = min(n - (p & (n - 1)), out.shape[0] - done)
         run = out[done : done + size]
-        copy_unless_same(run, base[done : done + size])
         columns_of(column, k, p >> tile[2], tile, tile[2])
         signs = _signs(words, p, size, tile)
         _column_signs(signs, p >> 7 << 2 & ((n >> 5) - 1), np.uint32(column[0]))
-        add_signs(run, signs, p & 127, np.float32(c))
+        add_signs(run, base[done : done + size], signs, p & 127, np.float32(c))
         done += size
 
 
@@ -61,8 +60,7 @@ def combine(out: Any, base: Any, p0: int, coefficients: Any, tile: Any) -> None:
         _scatter(folded, columns, coefficients, bits < tile[2])
         walsh_hadamard(folded)
         run = out[done : done + size]
-        copy_unless_same(run, base[done : done + size])
-        add_flipped(run, folded[start : start + size], _signs(words, p, size, tile), p & 127)
+        add_flipped(run, base[done : done + size], folded[start : start + size], _signs(words, p, size, tile), p & 127)
         done += size
 
 

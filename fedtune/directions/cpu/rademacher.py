@@ -26,9 +26,8 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, key: Any) -> None:
     while done < out.shape[0]:
         p = p0 + done
         size = min(STRETCH - p % STRETCH, out.shape[0] - done)
-        run = out[done : done + size]
-        copy_unless_same(run, base[done : done + size])
-        add_signs(run, _signs(words, p, size, k, key), p & 127, np.float32(c))
+        signs = _signs(words, p, size, k, key)
+        add_signs(out[done : done + size], base[done : done + size], signs, p & 127, np.float32(c))
         done += size
 
 
@@ -45,7 +44,7 @@ def combine(out: Any, base: Any, p0: int, coefficients: Any, key: Any) -> None:
         part[:] = np.float32(0.0)
         for k in range(coefficients.shape[0]):
             if coefficients[k] != 0.0:
-                add_signs(part, _signs(words, p, size, k, key), p & 127, coefficients[k])
+                add_signs(part, part, _signs(words, p, size, k, key), p & 127, coefficients[k])
         run = out[done : done + size]
         copy_unless_same(run, base[done : done + size])
         for i in range(size):
