@@ -13,6 +13,11 @@ FedtuneError                     anything below; the command line prints it as o
     MismatchError                a valid message for another round, pool, model or state
     NonFiniteError               a number that is not finite where the state would be touched
   StaleReplicaError              a client lacks coefficients that a message builds upon
+  DeadlineError                  the deadline of a round passed; the local work was stopped after a step
+  WorkerError                    the node-side worker cannot do what was asked
+    WorkerStartError             it did not start, or died again after a restart; carries its last lines
+    WorkerAccessError            its folder, socket or token is not of this user alone
+    WorkerVersionError           it runs other sources, or owns another device
   RunError                       the run as a whole
     RunFolderError               the run folder exists, is missing or is not a run folder
     DivergedError                no client produced a finite update for several rounds
@@ -79,6 +84,26 @@ class NonFiniteError(WireError):
 
 class StaleReplicaError(FedtuneError):
     """A client lacks coefficients that a message builds upon; the server sends everything again."""
+
+
+class DeadlineError(FedtuneError):
+    """The deadline of a round passed; the local work was stopped after a step."""
+
+
+class WorkerError(FedtuneError):
+    """The node-side worker cannot do what was asked."""
+
+
+class WorkerStartError(WorkerError):
+    """The worker did not start, or died again after a restart; `facts["tail"]` has its last lines."""
+
+
+class WorkerAccessError(WorkerError):
+    """The worker's folder, socket or token is not of this user alone; nothing was sent."""
+
+
+class WorkerVersionError(WorkerError):
+    """The worker runs other sources of fedtune, or owns another device."""
 
 
 class RunError(FedtuneError):
