@@ -30,10 +30,12 @@ class Ticket(Generic[T]):
 
     Attributes:
         name: of the request.
+        seconds: that its work took.
     """
 
-    def __init__(self, name: str, work: Callable[[], T]) -> None:
-        self.name = name
+    def __init__(self, name: str, work: Callable[[], T], label: str = "") -> None:
+        self.name, self.seconds = name, 0.0
+        self._label = label or name
         self._work = work
         self._said: SimpleQueue[Event | _End] = SimpleQueue()
         self._cancelled = threading.Event()
@@ -41,6 +43,9 @@ class Ticket(Generic[T]):
         self._begun = False
         self._outcome: T | None = None
         self._error: BaseException | None = None
+
+    def __str__(self) -> str:
+        return self._label
 
     def events(self) -> Iterator[Event]:
         """What the work says, as it says it, until it ends."""
@@ -69,7 +74,7 @@ class Ticket(Generic[T]):
             if self._begun:
                 return
             self._begun = True
-        thread = threading.get_ident()
+        thread, started = threading.get_ident(), time.monotonic()
 
         def note(event: Event) -> None:
             if threading.get_ident() == thread:
@@ -80,6 +85,7 @@ class Ticket(Generic[T]):
                 self._outcome = self._work()
         except BaseException as error:
             self._error = error
+        self.seconds = time.monotonic() - started
         self._said.put(_End())
 
     def _check(self) -> None:
@@ -105,13 +111,13 @@ class Jobs:
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
         self._thread.start()
 
-    def submit(self, name: str, work: Callable[[], T]) -> Ticket[T]:
-        """Have `work` done when its turn comes.
+    def submit(self, name: str, work: Callable[[], T], label: str = "") -> Ticket[T]:
+        """Have `work` done when its turn comes; `label` is how the log calls it.
 
         Raises:
             WorkerError: too many wait, one of that name does, or the worker is about to end.
         """
-        ticket = Ticket(name, work)
+        ticket = Ticket(name, work, label)
         with self._lock:
             if self.closed:
                 raise WorkerError("The worker is about to end: try again, and another one is started.")

@@ -73,7 +73,8 @@ class Servicer(rpc.WorkerServicer):
         """Load, and say what the client has."""
         try:
             config, who = self._read(request)
-            ticket = self._submit(request.request, context, lambda: self._keeper.introduce(config, who))
+            label = f"introduction of client {who.client!r}"
+            ticket = self._submit(request.request, label, context, lambda: self._keeper.introduce(config, who))
             for _ in ticket.events():
                 pass
             said = self._result(ticket, context)
@@ -87,9 +88,12 @@ class Servicer(rpc.WorkerServicer):
         try:
             config, who = self._read(request)
             held = list(request.held)
-            ticket = self._submit(
-                request.request, context, lambda: self._keeper.train(config, request.run, who, request.instruction, held)
-            )
+            label = f"training of client {who.client!r} in run {request.run!r}"
+
+            def work() -> tuple[bytes, list[bytes]]:
+                return self._keeper.train(config, request.run, who, request.instruction, held)
+
+            ticket = self._submit(request.request, label, context, work)
             yield from filter(None, map(_told, ticket.events()))
             payload, keep = self._result(ticket, context)
         except FedtuneError as error:
@@ -124,11 +128,11 @@ class Servicer(rpc.WorkerServicer):
             )
         return config, Identity(who.id, who.partition, who.data)
 
-    def _submit(self, name: str, context: grpc.ServicerContext, work: Callable[[], T]) -> Ticket[T]:
+    def _submit(self, name: str, label: str, context: grpc.ServicerContext, work: Callable[[], T]) -> Ticket[T]:
         """Queue `work`; when the call ends before it does (deadline, cancelled, the caller died), the work ends too."""
         if self.jobs.closed:
             context.abort(grpc.StatusCode.UNAVAILABLE, "The worker is about to end; another one can be started.")
-        ticket = self.jobs.submit(name, work)
+        ticket = self.jobs.submit(name, work, label)
         if not context.add_callback(ticket.cancel):
             ticket.cancel()
         return ticket
@@ -139,14 +143,14 @@ class Servicer(rpc.WorkerServicer):
         except FedtuneError as error:
             if isinstance(error, Interrupted) and self.jobs.closed:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "The worker was stopped; another one can be started.")
-            _log.info("request %s: %s: %s", ticket.name, type(error).__name__, error)
+            _log.info("%s: %s: %s", ticket, type(error).__name__, error)
             raise
         except BaseException as error:
-            _log.exception("request %s failed; this worker ends after its answer", ticket.name)
+            _log.exception("%s failed; this worker ends after its answer", ticket)
             self.faulty = True
             context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
             raise
-        _log.info("request %s: done", ticket.name)
+        _log.info("%s: done in %.2f s", ticket, ticket.seconds)
         return found
 
 

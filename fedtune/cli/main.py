@@ -25,6 +25,7 @@ from fedtune.cli.export import export
 from fedtune.cli.presets import presets
 from fedtune.cli.settings import settings
 from fedtune.cli.simulate import simulate
+from fedtune.cli.worker import worker
 from fedtune.errors import EngineError, FedtuneError, Interrupted
 
 FAILED, MISTYPED, INTERRUPTED = 1, 2, 130
@@ -62,6 +63,7 @@ app.add_typer(data_app, name="data")
 app.command("estimate")(estimate)
 app.command("export")(export)
 app.command("settings")(settings)
+app.command("worker")(worker)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
