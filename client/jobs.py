@@ -69,7 +69,7 @@ class Ticket(Generic[T]):
                 self._said.put(_End())
 
     def run(self) -> None:
-        """Do the work, in the thread that calls; never raises."""
+        """Do the work, in the thread that calls; never raises. `end` must follow."""
         with self._turn:
             if self._begun:
                 return
@@ -86,6 +86,9 @@ class Ticket(Generic[T]):
         except BaseException as error:
             self._error = error
         self.seconds = time.monotonic() - started
+
+    def end(self) -> None:
+        """Let whoever reads the events go on to the result."""
         self._said.put(_End())
 
     def _check(self) -> None:
@@ -98,11 +101,12 @@ class Jobs:
 
     Attributes:
         finished: requests that ended, however they did.
+        seconds: that they took in all.
         closed: nothing more is taken.
     """
 
     def __init__(self) -> None:
-        self.finished = 0
+        self.finished, self.seconds = 0, 0.0
         self._waiting: SimpleQueue[Ticket[object] | None] = SimpleQueue()
         self._open: dict[str, Ticket[object]] = {}
         self._lock = threading.Lock()
@@ -164,5 +168,7 @@ class Jobs:
             with self._lock:
                 del self._open[ticket.name]
                 self.finished += 1
+                self.seconds += ticket.seconds
                 self._since = time.monotonic()
+            ticket.end()
             del ticket  # and what it holds, while the thread waits for the next

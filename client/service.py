@@ -67,6 +67,7 @@ class Servicer(rpc.WorkerServicer):
             busy=self.jobs.busy,
             idle_seconds=self._idle,
             uptime_seconds=time.monotonic() - self._started,
+            work_seconds=self.jobs.seconds,
         )
 
     def Introduce(self, request: pb.IntroduceRequest, context: grpc.ServicerContext) -> pb.IntroduceReply:

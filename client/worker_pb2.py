@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x63lient/worker.proto\x12\x11\x66\x65\x64tune.worker.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xcc\x01\n\x0b\x44\x65scription\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0e\n\x06placed\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\r\n\x05loads\x18\x07 \x01(\x03\x12\x10\n\x08requests\x18\x08 \x01(\x03\x12\x0c\n\x04\x62usy\x18\t \x01(\x05\x12\x14\n\x0cidle_seconds\x18\n \x01(\x01\x12\x16\n\x0euptime_seconds\x18\x0b \x01(\x01\"a\n\x07Setting\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x05truth\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05whole\x18\x03 \x01(\x03H\x00\x12\x0e\n\x04real\x18\x04 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x42\x07\n\x05value\"5\n\x06\x43lient\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\t\"\xb3\x01\n\x10IntroduceRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12,\n\x08settings\x18\x04 \x03(\x0b\x32\x1a.fedtune.worker.v1.Setting\x12\x17\n\x0fsettings_digest\x18\x05 \x01(\x0c\x12)\n\x06\x63lient\x18\x06 \x01(\x0b\x32\x19.fedtune.worker.v1.Client\"E\n\x0cIntroduction\x12\x10\n\x08\x65xamples\x18\x01 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x0e\n\x06layout\x18\x03 \x01(\x0c\"\x83\x01\n\x0eIntroduceReply\x12\x37\n\x0cintroduction\x18\x01 \x01(\x0b\x32\x1f.fedtune.worker.v1.IntroductionH\x00\x12-\n\x07problem\x18\x02 \x01(\x0b\x32\x1a.fedtune.worker.v1.ProblemH\x00\x42\t\n\x07outcome\"\xd2\x01\n\x0cTrainRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12,\n\x08settings\x18\x04 \x03(\x0b\x32\x1a.fedtune.worker.v1.Setting\x12\x17\n\x0fsettings_digest\x18\x05 \x01(\x0c\x12)\n\x06\x63lient\x18\x06 \x01(\x0b\x32\x19.fedtune.worker.v1.Client\x12\x13\n\x0binstruction\x18\x07 \x01(\x0c\x12\x0c\n\x04held\x18\x08 \x03(\x0c\"\xc3\x01\n\nTrainEvent\x12\'\n\x04note\x18\x01 \x01(\x0b\x32\x17.fedtune.worker.v1.NoteH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.fedtune.worker.v1.StepH\x00\x12+\n\x06update\x18\x03 \x01(\x0b\x32\x19.fedtune.worker.v1.UpdateH\x00\x12-\n\x07problem\x18\x04 \x01(\x0b\x32\x1a.fedtune.worker.v1.ProblemH\x00\x42\x07\n\x05\x65vent\"%\n\x04Note\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0f\n\x07warning\x18\x02 \x01(\x08\"1\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05steps\x18\x02 \x01(\x03\x12\x0c\n\x04loss\x18\x03 \x01(\x01\"\'\n\x06Update\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x0c\n\x04keep\x18\x02 \x03(\x0c\"%\n\x07Problem\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\" \n\rCancelRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xc4\x02\n\x06Worker\x12N\n\x08\x44\x65scribe\x12\".fedtune.worker.v1.DescribeRequest\x1a\x1e.fedtune.worker.v1.Description\x12S\n\tIntroduce\x12#.fedtune.worker.v1.IntroduceRequest\x1a!.fedtune.worker.v1.IntroduceReply\x12I\n\x05Train\x12\x1f.fedtune.worker.v1.TrainRequest\x1a\x1d.fedtune.worker.v1.TrainEvent0\x01\x12J\n\x06\x43\x61ncel\x12 .fedtune.worker.v1.CancelRequest\x1a\x1e.fedtune.worker.v1.CancelReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x63lient/worker.proto\x12\x11\x66\x65\x64tune.worker.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xe2\x01\n\x0b\x44\x65scription\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0e\n\x06placed\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\r\n\x05loads\x18\x07 \x01(\x03\x12\x10\n\x08requests\x18\x08 \x01(\x03\x12\x0c\n\x04\x62usy\x18\t \x01(\x05\x12\x14\n\x0cidle_seconds\x18\n \x01(\x01\x12\x16\n\x0euptime_seconds\x18\x0b \x01(\x01\x12\x14\n\x0cwork_seconds\x18\x0c \x01(\x01\"a\n\x07Setting\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x05truth\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05whole\x18\x03 \x01(\x03H\x00\x12\x0e\n\x04real\x18\x04 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x42\x07\n\x05value\"5\n\x06\x43lient\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\t\"\xb3\x01\n\x10IntroduceRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12,\n\x08settings\x18\x04 \x03(\x0b\x32\x1a.fedtune.worker.v1.Setting\x12\x17\n\x0fsettings_digest\x18\x05 \x01(\x0c\x12)\n\x06\x63lient\x18\x06 \x01(\x0b\x32\x19.fedtune.worker.v1.Client\"E\n\x0cIntroduction\x12\x10\n\x08\x65xamples\x18\x01 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x0e\n\x06layout\x18\x03 \x01(\x0c\"\x83\x01\n\x0eIntroduceReply\x12\x37\n\x0cintroduction\x18\x01 \x01(\x0b\x32\x1f.fedtune.worker.v1.IntroductionH\x00\x12-\n\x07problem\x18\x02 \x01(\x0b\x32\x1a.fedtune.worker.v1.ProblemH\x00\x42\t\n\x07outcome\"\xd2\x01\n\x0cTrainRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12,\n\x08settings\x18\x04 \x03(\x0b\x32\x1a.fedtune.worker.v1.Setting\x12\x17\n\x0fsettings_digest\x18\x05 \x01(\x0c\x12)\n\x06\x63lient\x18\x06 \x01(\x0b\x32\x19.fedtune.worker.v1.Client\x12\x13\n\x0binstruction\x18\x07 \x01(\x0c\x12\x0c\n\x04held\x18\x08 \x03(\x0c\"\xc3\x01\n\nTrainEvent\x12\'\n\x04note\x18\x01 \x01(\x0b\x32\x17.fedtune.worker.v1.NoteH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.fedtune.worker.v1.StepH\x00\x12+\n\x06update\x18\x03 \x01(\x0b\x32\x19.fedtune.worker.v1.UpdateH\x00\x12-\n\x07problem\x18\x04 \x01(\x0b\x32\x1a.fedtune.worker.v1.ProblemH\x00\x42\x07\n\x05\x65vent\"%\n\x04Note\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0f\n\x07warning\x18\x02 \x01(\x08\"1\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05steps\x18\x02 \x01(\x03\x12\x0c\n\x04loss\x18\x03 \x01(\x01\"\'\n\x06Update\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x0c\n\x04keep\x18\x02 \x03(\x0c\"%\n\x07Problem\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\" \n\rCancelRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xc4\x02\n\x06Worker\x12N\n\x08\x44\x65scribe\x12\".fedtune.worker.v1.DescribeRequest\x1a\x1e.fedtune.worker.v1.Description\x12S\n\tIntroduce\x12#.fedtune.worker.v1.IntroduceRequest\x1a!.fedtune.worker.v1.IntroduceReply\x12I\n\x05Train\x12\x1f.fedtune.worker.v1.TrainRequest\x1a\x1d.fedtune.worker.v1.TrainEvent0\x01\x12J\n\x06\x43\x61ncel\x12 .fedtune.worker.v1.CancelRequest\x1a\x1e.fedtune.worker.v1.CancelReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=42
   _globals['_DESCRIBEREQUEST']._serialized_end=59
   _globals['_DESCRIPTION']._serialized_start=62
-  _globals['_DESCRIPTION']._serialized_end=266
-  _globals['_SETTING']._serialized_start=268
-  _globals['_SETTING']._serialized_end=365
-  _globals['_CLIENT']._serialized_start=367
-  _globals['_CLIENT']._serialized_end=420
-  _globals['_INTRODUCEREQUEST']._serialized_start=423
-  _globals['_INTRODUCEREQUEST']._serialized_end=602
-  _globals['_INTRODUCTION']._serialized_start=604
-  _globals['_INTRODUCTION']._serialized_end=673
-  _globals['_INTRODUCEREPLY']._serialized_start=676
-  _globals['_INTRODUCEREPLY']._serialized_end=807
-  _globals['_TRAINREQUEST']._serialized_start=810
-  _globals['_TRAINREQUEST']._serialized_end=1020
-  _globals['_TRAINEVENT']._serialized_start=1023
-  _globals['_TRAINEVENT']._serialized_end=1218
-  _globals['_NOTE']._serialized_start=1220
-  _globals['_NOTE']._serialized_end=1257
-  _globals['_STEP']._serialized_start=1259
-  _globals['_STEP']._serialized_end=1308
-  _globals['_UPDATE']._serialized_start=1310
-  _globals['_UPDATE']._serialized_end=1349
-  _globals['_PROBLEM']._serialized_start=1351
-  _globals['_PROBLEM']._serialized_end=1388
-  _globals['_CANCELREQUEST']._serialized_start=1390
-  _globals['_CANCELREQUEST']._serialized_end=1422
-  _globals['_CANCELREPLY']._serialized_start=1424
-  _globals['_CANCELREPLY']._serialized_end=1452
-  _globals['_WORKER']._serialized_start=1455
-  _globals['_WORKER']._serialized_end=1779
+  _globals['_DESCRIPTION']._serialized_end=288
+  _globals['_SETTING']._serialized_start=290
+  _globals['_SETTING']._serialized_end=387
+  _globals['_CLIENT']._serialized_start=389
+  _globals['_CLIENT']._serialized_end=442
+  _globals['_INTRODUCEREQUEST']._serialized_start=445
+  _globals['_INTRODUCEREQUEST']._serialized_end=624
+  _globals['_INTRODUCTION']._serialized_start=626
+  _globals['_INTRODUCTION']._serialized_end=695
+  _globals['_INTRODUCEREPLY']._serialized_start=698
+  _globals['_INTRODUCEREPLY']._serialized_end=829
+  _globals['_TRAINREQUEST']._serialized_start=832
+  _globals['_TRAINREQUEST']._serialized_end=1042
+  _globals['_TRAINEVENT']._serialized_start=1045
+  _globals['_TRAINEVENT']._serialized_end=1240
+  _globals['_NOTE']._serialized_start=1242
+  _globals['_NOTE']._serialized_end=1279
+  _globals['_STEP']._serialized_start=1281
+  _globals['_STEP']._serialized_end=1330
+  _globals['_UPDATE']._serialized_start=1332
+  _globals['_UPDATE']._serialized_end=1371
+  _globals['_PROBLEM']._serialized_start=1373
+  _globals['_PROBLEM']._serialized_end=1410
+  _globals['_CANCELREQUEST']._serialized_start=1412
+  _globals['_CANCELREQUEST']._serialized_end=1444
+  _globals['_CANCELREPLY']._serialized_start=1446
+  _globals['_CANCELREPLY']._serialized_end=1474
+  _globals['_WORKER']._serialized_start=1477
+  _globals['_WORKER']._serialized_end=1801
 # @@protoc_insertion_point(module_scope)

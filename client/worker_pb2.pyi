@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("version", "device", "pid", "model", "placed", "fingerprint", "loads", "requests", "busy", "idle_seconds", "uptime_seconds")
+    __slots__ = ("version", "device", "pid", "model", "placed", "fingerprint", "loads", "requests", "busy", "idle_seconds", "uptime_seconds", "work_seconds")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class Description(_message.Message):
     BUSY_FIELD_NUMBER: _ClassVar[int]
     IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WORK_SECONDS_FIELD_NUMBER: _ClassVar[int]
     version: str
     device: str
     pid: int
@@ -34,7 +35,8 @@ class Description(_message.Message):
     busy: int
     idle_seconds: float
     uptime_seconds: float
-    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., placed: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., loads: _Optional[int] = ..., requests: _Optional[int] = ..., busy: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+    work_seconds: float
+    def __init__(self, version: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., placed: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., loads: _Optional[int] = ..., requests: _Optional[int] = ..., busy: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., work_seconds: _Optional[float] = ...) -> None: ...
 
 class Setting(_message.Message):
     __slots__ = ("key", "truth", "whole", "real", "text")

@@ -84,7 +84,7 @@ def test_an_own_problem_keeps_its_type_and_the_worker_goes_on(service: MakeServi
         ({"run": "r" * 129}, "MalformedMessageError", "The name of the run has 129 characters"),
         ({"client": pb.Client()}, "MalformedMessageError", "The name of the client has 0 characters"),
         ({"client": pb.Client(id="0", partition=-1)}, "MalformedMessageError", "partition is -1"),
-        ({"instruction": b"x" * 100}, "MalformedMessageError", "The message"),
+        ({"instruction": b"x" * 100}, "MalformedMessageError", "This is not a fedtune message."),
     ],
 )
 def test_unsound_requests_are_refused_by_name(
