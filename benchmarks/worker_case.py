@@ -25,7 +25,7 @@ from fedtune.config import RunConfig
 from fedtune.wire import Instruction
 
 ROOT = Path(__file__).parents[1]
-WORKER = Size(1024, 15, 256)  # 206 M parameters
+WORKER = Size(1024, 15, 64)  # 206 M parameters
 ROWS = 20
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worker_case", description=__doc__)
     parser.add_argument("--messages", type=int, default=4, help="messages after the first")
-    parser.add_argument("--steps", type=int, default=3, help="local steps of a message")
+    parser.add_argument("--steps", type=int, default=1, help="local steps of a message")
     parser.add_argument("--device", default="cpu", help="as the setting")
     parser.add_argument("--quick", action="store_true", help="a tiny model: shows that it runs, not how fast")
     asked = parser.parse_args(arguments)
@@ -43,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parameters = save_random(size, folder / "model")
         config = prepare(folder, size, asked.steps, asked.device)
         os.environ["FEDTUNE_WORKERS"] = str(folder / "workers")
-        print(f"{parameters / 1e6:.1f} M float32 parameters, {asked.steps} local steps, {asked.device}, {os.cpu_count()} cores, "
-              f"load average {os.getloadavg()[0]:.1f}")  # fmt: skip
+        load = f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}"
+        print(f"{parameters / 1e6:.1f} M float32 parameters, {asked.steps} local steps, {asked.device}, {load}\n")
         print(
-            "\n| message | process | imports done | work in the worker | beyond the work | CPU of the process | reply | loads |"
+            "| message | process | imports done | work in the worker | beyond the work | CPU of the process | reply | loads |"
         )
         print("|---|---|---|---|---|---|---|---|")
         try:
