@@ -17,7 +17,7 @@ from client.files import folder_stamp, source_digest
 from client.identity import Identity, Introduction
 from client.pools import KeptPools
 from fedtune.config import RunConfig
-from fedtune.errors import MismatchError, StaleReplicaError
+from fedtune.errors import StaleReplicaError, WireError
 
 if TYPE_CHECKING:
     from fedtune.resident import Resident
@@ -68,7 +68,7 @@ class Keeper:
                 raise
             try:
                 update, keep = worker(config).train(identity, message, kept)
-            except MismatchError:
+            except WireError:
                 self._pools.drop(run, identity.client)
                 raise StaleReplicaError("The pools that the worker kept lead to another state; they were dropped.") from None
         self._pools.keep(run, identity.client, keep)

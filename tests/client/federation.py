@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flwr.app import Context, Message, RecordDict
@@ -22,11 +23,14 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
 
 
-def rounds(config: RunConfig, *, forget_state: bool, worker: str) -> Outcome:
+def rounds(
+    config: RunConfig, *, forget_state: bool, worker: str, before: Callable[[Message], None] = lambda message: None
+) -> Outcome:
     """Run `config`; with `forget_state` the nodes' contexts are empty at every message, as after a restart."""
     outcome = Outcome()
 
     def handler(message: Message, context: Context) -> Message:
+        before(message)
         if forget_state:
             context.state = RecordDict()
         reply = client.app.app(message, context)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from flwr.app import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from client import forwarder as forwarding
@@ -23,12 +24,14 @@ from client.connection import greet
 from client.forwarder import Forwarder
 from client.identity import Identity
 from client.messages import SERVICE, settings_digest, settings_of
+from client.pools import KeptPools
 from client.service import Service
 from client.version import code_version
 from client.worker import Worker
 from fedtune.config import RunConfig
 from fedtune.errors import DataError, FedtuneError, Interrupted, WorkerAccessError, WorkerError, WorkerVersionError
 from tests.client.conftest import MakeInstruction, MakeService, wait_until
+from tests.client.federation import rounds
 
 WHO = Identity("0", 0)
 
@@ -265,6 +268,24 @@ def test_another_or_a_changed_model_is_loaded_anew(
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     assert other.introduce(WHO).examples == first.examples
     assert (greet(one.address).loads, greet(one.address).model) == (3, str(copy))
+
+
+def test_pools_that_lead_elsewhere_are_dropped_and_asked_for_again(
+    service: MakeService, settings: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings.replace(algorithm="ferret", K=200, pool_every=1, rounds=4, local_steps=2, lr=1e-2, eps=5e-4)
+    one = service()
+    right = rounds(config, forget_state=False, worker="off")
+
+    def spoil(message: Message) -> None:
+        """In round 4, which builds upon two pools, every client's pools are in the wrong order."""
+        if message.metadata.group_id == "4":
+            monkeypatch.setattr(KeptPools, "of", lambda self, run, client: list(reversed(of(self, run, client))))
+
+    of = KeptPools.of
+    outcome = rounds(config, forget_state=True, worker=str(one.address), before=spoil)
+    assert outcome.digest == right.digest
+    assert outcome.problems == ["StaleReplicaError"] * 4
 
 
 def test_the_address_of_a_worker_that_is_gone_answers_nobody(workers: Path) -> None:
