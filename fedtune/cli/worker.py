@@ -7,8 +7,6 @@ import logging
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fedtune.cli.numbers import in_time
 from fedtune.errors import WorkerError
@@ -68,18 +66,16 @@ def addresses() -> list[Any]:
 def show(found: list[Any]) -> None:
     """Print who is at the addresses."""
     greet = importlib.import_module("client.connection").greet
-    console = Console(highlight=False)
-    table = Table(
-        "address", "process", "device", "model", "loads", "requests", "busy", "up", "fedtune", box=None, pad_edge=False
-    )
-    for address in found:
-        said = greet(address)
-        if said is not None:
-            device = f"{said.device} ({said.placed})" if said.placed else said.device
-            counts = [str(number) for number in (said.loads, said.requests, said.busy)]
-            row = [str(address), str(said.pid), device, said.model or "none yet", *counts, in_time(said.uptime_seconds)]
-            table.add_row(*row, said.version)
-    console.print(table if table.row_count else "There is no worker.", soft_wrap=True)
+    there = [(address, said) for address in found if (said := greet(address)) is not None]
+    for address, said in there:
+        model = f"{said.model} on {said.placed}" if said.model else "none yet"
+        print(address)
+        print(f"  process   {said.pid}, fedtune {said.version}, up {in_time(said.uptime_seconds)}")
+        print(f"  device    {said.device}")
+        print(f"  model     {model} (loads: {said.loads})")
+        print(f"  requests  {said.requests} done in {in_time(said.work_seconds)}, {said.busy} in hand")
+    if not there:
+        print("There is no worker.")
 
 
 def end(found: list[Any]) -> None:

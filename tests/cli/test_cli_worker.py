@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import threading
@@ -13,6 +14,7 @@ from playback import Outcome
 
 from client.address import Address, locked
 from client.service import Service
+from client.version import code_version
 
 Fedtune = Callable[..., Outcome]
 
@@ -38,14 +40,15 @@ def test_nobody_is_there(fedtune: Fedtune, workers: Path) -> None:
     assert fedtune("worker", "--stop").err == "Error: There is no worker to stop.\n"
 
 
-def test_status_says_who_is_there(fedtune: Fedtune, running: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+def test_status_says_who_is_there(fedtune: Fedtune, running: Service) -> None:
     for arguments in ((), ("--address", str(running.address))):
         outcome = fedtune("worker", "--status", *arguments)
         assert outcome.code == 0
-        row = outcome.out.splitlines()[-1].split()
-        assert row[0] == str(running.address)
-        assert row[2:8] == ["cpu", "none", "yet", "0", "0", "0"]
+        lines = outcome.out.splitlines()
+        assert lines[0] == str(running.address)
+        assert lines[1].startswith(f"  process   {os.getpid()}, fedtune {code_version()}, up ")
+        assert lines[2:4] == ["  device    cpu", "  model     none yet (loads: 0)"]
+        assert lines[4].startswith("  requests  0 done in ")
 
 
 def test_stop_ends_the_process_that_holds_the_lock(fedtune: Fedtune, running: Service, monkeypatch: pytest.MonkeyPatch) -> None:
