@@ -104,13 +104,17 @@ class Address:
     # ------------------------------------------------------------------ the forwarder's side
 
     def target(self) -> tuple[str, str] | None:
-        """gRPC's name of the worker and its token ("": none needed); None if there is nothing to connect to.
+        """gRPC's name of the worker and its token ("": none needed); None if no process holds the address.
+
+        A port that a dead worker had may be another program's by now, which then never gets the token.
 
         Raises:
             WorkerAccessError: folder or file belong to somebody else or are open to others.
         """
         try:
             check_private(self.path.parent, "folder")
+            if self.pid() is None:
+                return None
             check_private(self.path, "socket" if self.kind == "unix" else "file")
             if self.kind == "unix":
                 return f"unix:{self.path}", ""

@@ -41,8 +41,10 @@ def test_nobody_is_there(fedtune: Fedtune, workers: Path) -> None:
 
 
 def test_status_says_who_is_there(fedtune: Fedtune, running: Service) -> None:
+    assert fedtune("worker", "--status").out == "There is no worker.\n"  # nobody holds the address yet
     for arguments in ((), ("--address", str(running.address))):
-        outcome = fedtune("worker", "--status", *arguments)
+        with locked(running.address.life, 1.0):
+            outcome = fedtune("worker", "--status", *arguments)
         assert outcome.code == 0
         lines = outcome.out.splitlines()
         assert lines[0] == str(running.address)

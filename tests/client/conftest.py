@@ -8,12 +8,12 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
-from client.address import Address
+from client.address import Address, locked
 from client.service import Service
 from fedtune import wire
 from fedtune.config import RunConfig
@@ -31,7 +31,8 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FEDTUNE_WORKERS", str(folder))
     yield folder
     for life in folder.glob("*.life"):
-        if pid := Address("unix", life).pid():
+        pid = Address("unix", life).pid()
+        if pid and pid != os.getpid():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     shutil.rmtree(folder)
@@ -68,16 +69,18 @@ def instruction() -> MakeInstruction:
 def service(workers: Path) -> Iterator[MakeService]:
     """Services in this process, ended with the test."""
     made: list[Service] = []
+    with ExitStack() as held:
 
-    def make(kind: str = "unix", **options: object) -> Service:
-        address = Address(kind, workers / f"own{len(made)}.{'sock' if kind == 'unix' else 'port'}")
-        made.append(Service(address, "cpu", 0.0, **options))  # type: ignore[arg-type]
-        return made[-1]
+        def make(kind: str = "unix", **options: object) -> Service:
+            address = Address(kind, workers / f"own{len(made)}.{'sock' if kind == 'unix' else 'port'}")
+            held.enter_context(locked(address.life, 1.0, write=f"{os.getpid()}\n"))
+            made.append(Service(address, "cpu", 0.0, **options))  # type: ignore[arg-type]
+            return made[-1]
 
-    yield make
-    for one in made:
-        one.stop()
-        one.run()
+        yield make
+        for one in made:
+            one.stop()
+            one.run()
 
 
 def wait_until(fact: Callable[[], object], seconds: float = 30.0) -> None:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from client import forwarder as forwarding
 from client import worker_pb2 as pb
 from client import worker_pb2_grpc as rpc
-from client.address import Address
+from client.address import Address, locked
 from client.connection import greet
 from client.forwarder import Forwarder
 from client.identity import Identity
@@ -202,6 +202,17 @@ def test_another_users_socket_is_refused(service: MakeService, monkeypatch: pyte
     monkeypatch.setattr("os.getuid", lambda: 12345)
     with pytest.raises(WorkerAccessError, match=r"belongs to user \d+, not to user 12345: remove it, run the SuperNode as"):
         greet(address)
+
+
+def test_a_port_that_nobody_holds_any_more_never_gets_the_token(service: MakeService, workers: Path) -> None:
+    """The file of a dead worker stays; its port may be another program's, here that of a live service."""
+    left = Address("tcp", workers / "left.port")
+    left.path.write_bytes(service("tcp").address.path.read_bytes())
+    left.path.chmod(0o600)
+    assert left.target() is None
+    assert greet(left) is None
+    with locked(left.life, 1.0):
+        assert greet(left) is not None
 
 
 def test_health_is_told(service: MakeService) -> None:
