@@ -139,7 +139,7 @@ def _ensure(address: Address, device: str, deadline: Deadline, idle: float) -> N
         elif address.pid() is None:
             _start(address, device, deadline, idle)
         elif time.monotonic() - silent_since > HUNG_SECONDS:
-            _kill(address)
+            _kill(address, deadline)
         silent_since = time.monotonic() if found is not None else silent_since
         time.sleep(_POLL_SECONDS)
 
@@ -162,12 +162,12 @@ def _replace(address: Address, found: pb.Description, deadline: Deadline) -> Non
         time.sleep(_BUSY_POLL_SECONDS)
 
 
-def _kill(address: Address) -> None:
+def _kill(address: Address, deadline: Deadline) -> None:
     """End a process that does not answer, and wait until the system has taken it away."""
     if pid := address.pid():
         os.kill(pid, signal.SIGKILL)
     while address.pid() is not None:
-        time.sleep(_POLL_SECONDS)
+        time.sleep(min(_POLL_SECONDS, deadline.left()))
 
 
 def _start(address: Address, device: str, deadline: Deadline, idle: float) -> None:
