@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from fedtune.algorithms import LocalWork
+from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch, collate
 from fedtune.data.encode import Encoded
@@ -97,19 +99,25 @@ class Client:
 
     def round(self) -> Update:
         """What a worker does in a round: rebuild the model of the instruction, run the local steps."""
-        replica, config = self.resident.replica, self.config
-        coefficients = self._state.published(config.coefficient_bits)
-        digest = replica.become(coefficients)
+        replica = self.resident.replica
+        digest = replica.become(self.coefficients())
         replica.touch()
         return self.local_update(digest)
 
     def local_update(self, digest: bytes = bytes(16)) -> Update:
         """The local steps alone, from the weights as they are."""
         algorithm, replica = self.resident.algorithm, self.resident.replica
-        pools = self._state.published(self.config.coefficient_bits).pools
-        weights = algorithm.draw_weights(self._state)
+        pools, weights = self.coefficients().pools, self.draw_weights()
         instruction = Instruction(1, replica.fingerprint, self.layout.digest, digest, 0, pools, weights)
         return algorithm.local_update(self._work(), self.config, instruction)
+
+    def coefficients(self) -> Coefficients:
+        """The model of the state, as the server publishes it."""
+        return self._state.published(self.config.coefficient_bits)
+
+    def draw_weights(self) -> npt.NDArray[np.uint16]:
+        """The chance of each seed, as the server sends it."""
+        return self.resident.algorithm.draw_weights(self._state)
 
     def _work(self) -> LocalWork:
         return self.resident.work("client", self._samples, 1, self._state.pool)

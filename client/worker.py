@@ -1,15 +1,16 @@
 """The part of a client that computes: it owns the model and the data, takes an instruction and returns an update.
 
-Bytes in, bytes out, no Flower: the ClientApp forwards to it in process now, and a separate long-lived process can offer
-the same two calls. One worker serves any number of simulated clients, one after another.
+Bytes in, bytes out, no Flower: the ClientApp calls it in this process (a simulation), or forwards to the long-lived
+process of `service.py`, which offers the same two calls. One worker serves any number of clients, one after another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
+from client.files import source_digest
+from client.identity import Identity, Introduction
 from fedtune import wire
 from fedtune.algorithms.base import pool_number
 from fedtune.coefficients import Coefficients, PoolCoefficients
@@ -20,26 +21,6 @@ from fedtune.directions import Pool
 from fedtune.errors import ConfigError, MismatchError, StaleReplicaError, WireError
 from fedtune.resident import Resident, resident
 from fedtune.selftest import encode, self_test
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who a client is: a stable id, and its share of a simulated data set or the path of its own file."""
-
-    client: str
-    partition: int = 0
-    data: str = ""
-
-
-@dataclass(frozen=True)
-class Introduction:
-    """What a client tells the server before the first round."""
-
-    client: str
-    examples: int
-    fingerprint: bytes
-    layout: bytes
-    selftest: bytes
 
 
 class Worker:
@@ -99,7 +80,7 @@ class Worker:
 
     def _samples(self, identity: Identity) -> tuple[Encoded, ...]:
         if identity.data:
-            return _own_file(self.config, identity.data)
+            return _own_file(self.config, identity.data, source_digest(identity.data))
         shares = self._resident.data.clients
         if identity.partition >= len(shares):
             raise ConfigError(
@@ -139,13 +120,18 @@ class _Kept:
 
 
 @lru_cache(maxsize=64)
-def _own_file(config: RunConfig, path: str) -> tuple[Encoded, ...]:
+def _own_file(config: RunConfig, path: str, digest: bytes) -> tuple[Encoded, ...]:
     return load_local(config, resident(config).language_model.tokenizer, path)
 
 
 @lru_cache(maxsize=512)
 def _stored_pool(data: bytes, pool: Pool, blocks: int, bits: int) -> PoolCoefficients:
     return wire.decode_pool(data, pool, blocks, bits)
+
+
+def forget() -> None:
+    """Drop the samples that were read from clients' own files: the tokenizer may have changed."""
+    _own_file.cache_clear()
 
 
 @lru_cache(maxsize=2)

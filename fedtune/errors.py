@@ -16,6 +16,11 @@ FedtuneError                     anything below; the command line prints it as o
   DeltaError                     a file of kilobytes that cannot be used; nothing was written
     MalformedDeltaError          damaged, or not such a file
     DeltaMismatchError           a sound one for another base model, dtype or program
+  DeadlineError                  the deadline of a round passed; the local work was stopped after a step
+  WorkerError                    the node-side worker cannot do what was asked
+    WorkerStartError             it did not start, or died again after a restart; carries its last lines
+    WorkerAccessError            its folder, socket or token is not of this user alone
+    WorkerVersionError           it runs other sources, or owns another device
   RunError                       the run as a whole
     RunFolderError               the run folder exists, is missing or is not a run folder
     DivergedError                no client produced a finite update for several rounds
@@ -94,6 +99,26 @@ class MalformedDeltaError(DeltaError):
 
 class DeltaMismatchError(DeltaError):
     """A sound one for another base model, dtype or program."""
+
+
+class DeadlineError(FedtuneError):
+    """The deadline of a round passed; the local work was stopped after a step."""
+
+
+class WorkerError(FedtuneError):
+    """The node-side worker cannot do what was asked."""
+
+
+class WorkerStartError(WorkerError):
+    """The worker did not start, or died again after a restart; `facts["tail"]` has its last lines."""
+
+
+class WorkerAccessError(WorkerError):
+    """The worker's folder, socket or token is not of this user alone; nothing was sent."""
+
+
+class WorkerVersionError(WorkerError):
+    """The worker runs other sources of fedtune, or owns another device."""
 
 
 class RunError(FedtuneError):

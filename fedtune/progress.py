@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from fedtune.errors import Interrupted
@@ -87,6 +88,7 @@ Listener = Callable[[Event], None]
 
 _listeners: list[Listener] = []
 _stop = threading.Event()
+_request: ContextVar[Callable[[], None] | None] = ContextVar("request", default=None)
 
 
 def emit(event: Event) -> None:
@@ -120,7 +122,23 @@ def clear_stop() -> None:
     _stop.clear()
 
 
+@contextmanager
+def stoppable(check: Callable[[], None]) -> Iterator[None]:
+    """Have `check_stop` inside the `with` block, in this thread only, call `check` too, which raises to stop the work.
+
+    One request of several in a process can so be stopped alone.
+    """
+    token = _request.set(check)
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
 def check_stop() -> None:
     """Raise Interrupted if a stop was requested. Called between steps, where everything is consistent."""
     if _stop.is_set():
         raise Interrupted("Stopped by the user; the rounds that are finished are kept in the run folder.")
+    check = _request.get()
+    if check is not None:
+        check()

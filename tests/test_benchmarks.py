@@ -103,3 +103,12 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.memory_case", "inference", str(tmp_path), "32", "cpu", "1", "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert 1 < float(done.stdout) / (4e-6 * parameters) < 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the age of a process from /proc")
+def test_a_message_finds_the_worker_that_the_one_before_started() -> None:
+    command = [sys.executable, "-m", "benchmarks.worker_case", "--quick", "--messages", "2"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ") and "message" not in line]
+    assert [(row[0].strip(), row[-1].strip()) for row in rows] == [("1", "1"), ("2", "1"), ("3", "1")]

@@ -28,6 +28,7 @@ from fedtune.cli.ledger import ledger_app
 from fedtune.cli.presets import presets
 from fedtune.cli.settings import settings
 from fedtune.cli.simulate import simulate
+from fedtune.cli.worker import worker
 from fedtune.errors import EngineError, FedtuneError, Interrupted
 
 FAILED, MISTYPED, INTERRUPTED = 1, 2, 130
@@ -68,6 +69,7 @@ app.command("apply")(apply)
 app.add_typer(delta_app, name="delta")
 app.add_typer(ledger_app, name="ledger")
 app.command("settings")(settings)
+app.command("worker")(worker)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import fedtune as package
 from fedtune.cli import simulate as command
 from fedtune.errors import DataError, EngineError
 
-COMMANDS = ["simulate", "demo", "presets", "data", "estimate", "export", "settings"]
+COMMANDS = ["simulate", "demo", "presets", "data", "estimate", "export", "settings", "worker"]
 
 
 def _raise(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
