@@ -21,9 +21,9 @@ from fedtune.layout import ALIGN
 
 CACHED = ALIGN // 2  # elements of two float32 tensors, 256 KB together, that stay in cache between two kernels
 CHUNK = ALIGN  # elements of the float32 scratch: 256 KB, which fits a core's second-level cache
-PIECE = 4 * ALIGN  # elements below which a second thread costs more than it saves
+PIECE = 8 * ALIGN  # elements below which a second thread costs more than it saves: to wake one takes some 100 microseconds
 MOST_PIECES = 64  # bounds the memory of the partial sums of a projection
-PIECES_PER_THREAD = 4  # of an add or combine, whose pieces change no value: handing one over costs some 30 microseconds
+PIECES_PER_THREAD = 4  # of an add or combine, whose pieces change no value
 
 Run = Callable[[F32, F32, int], None]  # (out, base, p0): one contiguous run of a family's add or combine
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import TypeVar
 
@@ -19,11 +19,29 @@ R = TypeVar("R")
 
 
 def ordered_map(function: Callable[[T], R], pieces: Sequence[T]) -> Iterator[R]:
-    """function(piece) for each piece, in order; at once in `torch.get_num_threads()` threads if there are several."""
-    workers = torch.get_num_threads()
-    if workers == 1 or len(pieces) == 1:
+    """function(piece) for each piece, in order; at once in `torch.get_num_threads()` threads, this one among them.
+
+    Each thread takes the next piece when it has done one, so that a tensor costs one wake-up of every other thread.
+    """
+    workers = min(torch.get_num_threads(), len(pieces))
+    if workers <= 1:
         return map(function, pieces)
-    return _workers(workers, os.getpid()).map(function, pieces)
+    results: dict[int, R] = {}
+    numbers = iter(range(len(pieces)))  # taking the next one is a single step of the interpreter
+
+    def work() -> None:
+        for number in numbers:
+            results[number] = function(pieces[number])
+
+    pool = _workers(torch.get_num_threads() - 1, os.getpid())
+    others = [pool.submit(work) for _ in range(workers - 1)]
+    try:
+        work()
+    finally:
+        wait(others)
+    for other in others:
+        other.result()
+    return (results[number] for number in range(len(pieces)))
 
 
 @lru_cache(maxsize=1)

@@ -143,6 +143,7 @@ class _Pass:
         """Rows of one copy of the batch; known from the first module that sees the batch."""
         self._seeds = sorted({k for k, _ in points})
         self._which = [self._seeds.index(k) for k, _ in points]
+        self._steps: dict[torch.device, Tensor] = {}
 
     def holds_copies(self, inputs: Any) -> bool:
         """Whether a module is given the copies, and not what they share (positions, say)."""
@@ -168,17 +169,26 @@ class _Pass:
     def factors(self, slot: Slot, like: Tensor) -> tuple[Tensor, Tensor]:
         """(c a_j) [copies, r, out] and b_j [copies, r, in] of a matrix for every copy, in the dtype of `like`."""
         family: Any = self.directions.family
-        left, right = family.factors(slot.index, self._seeds, like.device)
-        return (left[self._which] * self._scales(like)).to(like.dtype), right[self._which].to(like.dtype)
+        left, right = (self._each(part) for part in family.factors(slot.index, self._seeds, like.device))
+        return (left * self._scales(like)).to(like.dtype), right.to(like.dtype)
 
     def vector(self, slot: Slot, like: Tensor) -> Tensor:
         """c z [copies, n] of a vector for every copy, in the dtype of `like`."""
         family: Any = self.directions.family
         found: Tensor = family.vector(slot.index, self._seeds, like.device)
-        return (found[self._which] * self._scales(like)[:, 0]).to(like.dtype)
+        return (self._each(found) * self._scales(like)[:, 0]).to(like.dtype)
+
+    def _each(self, of_seeds: Tensor) -> Tensor:
+        """For every copy what its seed has."""
+        if len(self._seeds) == 1:
+            return of_seeds.expand(len(self.points), *of_seeds.shape[1:])
+        return of_seeds.index_select(0, torch.tensor(self._which, device=of_seeds.device))
 
     def _scales(self, like: Tensor) -> Tensor:
-        return torch.tensor([c for _, c in self.points], device=like.device)[:, None, None]
+        """float32 [copies, 1, 1]: the c of every copy."""
+        if like.device not in self._steps:
+            self._steps[like.device] = torch.tensor([c for _, c in self.points], device=like.device)[:, None, None]
+        return self._steps[like.device]
 
 
 # ---------------------------------------------------------------------------------------------------- thin directions

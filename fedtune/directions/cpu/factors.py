@@ -9,11 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
 
-from fedtune.directions.cpu.compiled import kernel
+from fedtune.directions.cpu.compiled import instructions, kernel
 from fedtune.directions.cpu.gaussian import blocks_of, interleave, normal_planes, scratch
 from fedtune.directions.cpu.signs import copy_unless_same
 from fedtune.directions.cpu.stretch import STRETCH, begin, seed_words
+from fedtune.directions.cpu.vectors import INT64, load, places, repeat
+
+WIDTH = 8  # floats in a vector; a processor with shorter ones splits it
+PART = 32  # elements of a row worked on at a time: independent vectors side by side
 
 
 @kernel
@@ -46,6 +52,10 @@ def fill(rows: Any, p0: int, stride: int, seeds: Any, scales: Any, purpose: int,
 def add_outer(out: Any, base: Any, left: Any, right: Any, c: Any) -> None:
     """out[i, :] = base[i, :] + c * sum_j left[j, i] * right[j, :], in float32, the sum first, j ascending; out may be base."""
     scale = np.float32(c)
+    if left.shape[0] == 1:
+        for i in range(out.shape[0]):
+            _add_row(out[i], base[i], right[0], left[0, i], scale)
+        return
     z = np.empty(out.shape[1], np.float32)
     for i in range(out.shape[0]):
         z[:] = np.float32(0.0)
@@ -57,3 +67,30 @@ def add_outer(out: Any, base: Any, left: Any, right: Any, c: Any) -> None:
         copy_unless_same(run, base[i])
         for x in range(z.shape[0]):
             run[x] += scale * z[x]
+
+
+@kernel
+def _add_row(out: Any, base: Any, row: Any, factor: Any, scale: Any) -> None:
+    """out = base + scale * (0 + factor * row), what `add_outer` does for one row of a product of rank 1."""
+    whole = out.shape[0] // PART
+    for j in range(whole):
+        _add_part(out, base, row, PART * j, factor, scale)
+    for x in range(PART * whole, out.shape[0]):
+        out[x] = base[x] + scale * (np.float32(0.0) + factor * row[x])
+
+
+@instructions
+def _add_part(typing: Any, out: Any, base: Any, row: Any, i: Any, factor: Any, scale: Any) -> Any:
+    """f(out, base, row, i, factor, scale): the PART elements of `_add_row` from i on, whichever arrays are the same."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds, (target, source, numbers, start, by, times) = signature.args, arguments
+        starts = [builder.add(start, ir.Constant(INT64, lane)) for lane in range(0, PART, WIDTH)]
+        values = load(builder, places(context, builder, kinds[2], numbers, starts, WIDTH))
+        z = values * repeat(builder, by, WIDTH, len(starts)) + 0.0
+        before = load(builder, places(context, builder, kinds[1], source, starts, WIDTH))
+        after = before + z * repeat(builder, times, WIDTH, len(starts))
+        after.store(places(context, builder, kinds[0], target, starts, WIDTH))
+        return context.get_dummy_value()
+
+    return types.void(out, base, row, types.int64, types.float32, types.float32), build

@@ -17,7 +17,7 @@ from fedtune.directions.counters import COLUMNS, SIGNS
 from fedtune.directions.cpu.compiled import kernel
 from fedtune.directions.cpu.permute import permute16
 from fedtune.directions.cpu.philox import SCRATCH, random_words
-from fedtune.directions.cpu.signs import add_flipped, add_signs, copy_flipped
+from fedtune.directions.cpu.signs import add_flipped, add_signs, copy_flipped, signed_bytes
 from fedtune.directions.cpu.transform import SMALLEST, walsh_hadamard
 
 # Bit i of mask q is bit q of i, so the signs of column c over 32 positions are the xor of the masks of its set bits.
@@ -30,6 +30,7 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
     n = 1 << tile[2]
     column = np.empty(1, np.uint16)
     words = np.empty(SCRATCH * (min(n, out.shape[0] + 254) >> 7), np.uint32)
+    table = signed_bytes(np.float32(c), out.shape[0])
     done = 0
     while done < out.shape[0]:
         p = p0 + done
@@ -38,7 +39,7 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
         columns_of(column, k, p >> tile[2], tile, tile[2])
         signs = _signs(words, p, size, tile)
         _column_signs(signs, p >> 7 << 2 & ((n >> 5) - 1), np.uint32(column[0]))
-        add_signs(run, base[done : done + size], signs, p & 127, np.float32(c))
+        add_signs(run, base[done : done + size], signs, p & 127, np.float32(c), table)
         done += size
 
 

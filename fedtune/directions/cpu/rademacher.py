@@ -13,7 +13,7 @@ import numpy as np
 from fedtune.directions.counters import RADEMACHER
 from fedtune.directions.cpu.compiled import kernel
 from fedtune.directions.cpu.philox import SCRATCH, random_words
-from fedtune.directions.cpu.signs import add_signs, copy_unless_same, signed_sum
+from fedtune.directions.cpu.signs import add_signs, copy_unless_same, signed_bytes, signed_sum
 
 STRETCH = 4096
 
@@ -22,12 +22,13 @@ STRETCH = 4096
 def add(out: Any, base: Any, p0: int, k: int, c: Any, key: Any) -> None:
     """out[i] = base[i] + c * z_k[p0 + i]."""
     words = np.empty(SCRATCH * (STRETCH >> 7), np.uint32)
+    table = signed_bytes(np.float32(c), out.shape[0])
     done = 0
     while done < out.shape[0]:
         p = p0 + done
         size = min(STRETCH - p % STRETCH, out.shape[0] - done)
         signs = _signs(words, p, size, k, key)
-        add_signs(out[done : done + size], base[done : done + size], signs, p & 127, np.float32(c))
+        add_signs(out[done : done + size], base[done : done + size], signs, p & 127, np.float32(c), table)
         done += size
 
 
@@ -35,7 +36,7 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, key: Any) -> None:
 def combine(out: Any, base: Any, p0: int, coefficients: Any, key: Any) -> None:
     """out[i] = base[i] + sum_k coefficients[k] * z_k[p0 + i]; seeds with coefficient 0 cost nothing."""
     words = np.empty(SCRATCH * (STRETCH >> 7), np.uint32)
-    sums = np.empty(STRETCH, np.float32)
+    sums, no_table = np.empty(STRETCH, np.float32), np.empty(0, np.float32)
     done = 0
     while done < out.shape[0]:
         p = p0 + done
@@ -44,7 +45,7 @@ def combine(out: Any, base: Any, p0: int, coefficients: Any, key: Any) -> None:
         part[:] = np.float32(0.0)
         for k in range(coefficients.shape[0]):
             if coefficients[k] != 0.0:
-                add_signs(part, part, _signs(words, p, size, k, key), p & 127, coefficients[k])
+                add_signs(part, part, _signs(words, p, size, k, key), p & 127, coefficients[k], no_table)
         run = out[done : done + size]
         copy_unless_same(run, base[done : done + size])
         for i in range(size):

@@ -13,6 +13,7 @@ from fedtune.directions.cpu.vectors import INT32, INT64, Vectors, load, places, 
 
 WIDTH = 8  # floats in a vector; a processor with shorter ones splits it
 SIGN = 1 << 31
+LONG = 1 << 14  # elements from which a table of signed numbers pays
 LANES = (np.uint32(1) << np.arange(32, dtype=np.uint32)).astype(np.uint32)
 
 
@@ -26,8 +27,20 @@ def copy_unless_same(out: Any, base: Any) -> None:
 
 
 @kernel
-def add_signs(out: Any, base: Any, words: Any, offset: int, c: Any) -> None:
-    """out[i] = base[i] - c where bit (offset + i) of the uint32 `words` is set, else base[i] + c; out may be base."""
+def signed_bytes(c: Any, length: int) -> Any:
+    """float32 [256 * 8]: for every byte, c with the signs of its bits; empty if `length` elements are too few to pay for it."""
+    table = np.empty(2048 if length >= LONG else 0, np.float32)
+    for i in range(table.shape[0]):
+        table[i] = -c if i >> 3 >> (i & 7) & 1 else c
+    return table
+
+
+@kernel
+def add_signs(out: Any, base: Any, words: Any, offset: int, c: Any, table: Any) -> None:
+    """out[i] = base[i] - c where bit (offset + i) of the uint32 `words` is set, else base[i] + c; out may be base.
+
+    `table` is signed_bytes(c, the length of the whole run).
+    """
     count = out.shape[0]
     head = min(count, (32 - (offset & 31)) & 31)
     for i in range(head):
@@ -35,8 +48,12 @@ def add_signs(out: Any, base: Any, words: Any, offset: int, c: Any) -> None:
         out[i] = base[i] + (-c if words[bit >> 5] & LANES[bit & 31] != 0 else c)
     first = (offset + head) >> 5
     whole = (count - head) >> 5
-    for j in range(whole):
-        _add_word(out, base, head + 32 * j, words[first + j], c)
+    if table.shape[0] > 0:
+        for j in range(whole):
+            _add_bytes(out, base, head + 32 * j, words[first + j], table)
+    else:
+        for j in range(whole):
+            _add_word(out, base, head + 32 * j, words[first + j], c)
     done = head + 32 * whole
     for i in range(count - done):
         out[done + i] = base[done + i] + (-c if words[first + whole] & LANES[i] != 0 else c)
@@ -76,6 +93,21 @@ def _add_word(typing: Any, out: Any, base: Any, i: Any, word: Any, c: Any) -> An
 
 
 @instructions
+def _add_bytes(typing: Any, out: Any, base: Any, i: Any, word: Any, table: Any) -> Any:
+    """f(out, base, i, word, table): as `_add_word`, with the signed numbers of each byte read from the table."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds, (target, source, start, bits, signed) = signature.args, arguments
+        starts = _starts(builder, start)
+        before = load(builder, places(context, builder, kinds[1], source, starts, WIDTH))
+        added = load(builder, places(context, builder, kinds[4], signed, _of_each_byte(builder, bits), WIDTH))
+        (before + added).store(places(context, builder, kinds[0], target, starts, WIDTH))
+        return context.get_dummy_value()
+
+    return types.void(out, base, types.int64, types.uint32, table), build
+
+
+@instructions
 def _add_flipped_word(typing: Any, out: Any, base: Any, values: Any, i: Any, word: Any) -> Any:
     """f(out, base, values, i, word): the 32 elements from i on of `add_flipped`, with the bits of one word."""
 
@@ -94,6 +126,13 @@ def _add_flipped_word(typing: Any, out: Any, base: Any, values: Any, i: Any, wor
 def _starts(builder: Any, start: Any) -> list[Any]:
     """The first elements of the vectors that cover 32 elements."""
     return [builder.add(start, ir.Constant(INT64, lane)) for lane in range(0, 32, WIDTH)]
+
+
+def _of_each_byte(builder: Any, word: Any) -> list[Any]:
+    """int64: where a table of 8 elements a byte has those of the four bytes of the word, lowest first."""
+    wide = builder.zext(word, INT64)
+    bytes_ = [builder.and_(builder.lshr(wide, ir.Constant(INT64, 8 * b)), ir.Constant(INT64, 255)) for b in range(4)]
+    return [builder.shl(byte, ir.Constant(INT64, 3)) for byte in bytes_]
 
 
 def _sign_bits(builder: Any, word: Any) -> Vectors:
