@@ -6,8 +6,10 @@ the same two calls. One worker serves any number of simulated clients, one after
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fedtune import wire
@@ -56,13 +58,16 @@ class Worker:
         examples = len(self._samples(identity))
         return Introduction(identity.client, examples, replica.fingerprint, replica.layout.digest)
 
-    def train(self, identity: Identity, message: bytes, held: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
+    def train(
+        self, identity: Identity, message: bytes, held: Sequence[bytes], seconds: float = math.inf
+    ) -> tuple[bytes, list[bytes]]:
         """One round: rebuild the model of the instruction, run the local steps, encode the update.
 
         Args:
             identity: the client.
             message: the encoded instruction.
             held: encoded pools that this client kept from earlier rounds.
+            seconds: from now on, after which no further local step is begun.
 
         Returns:
             The encoded update, and the pools to keep for the next round.
@@ -71,6 +76,7 @@ class Worker:
             StaleReplicaError: the message builds upon pools that the client does not hold.
             WireError: the message is damaged or for another model; nothing was changed.
         """
+        deadline = time.monotonic() + seconds
         here, config = self._resident, self.config
         replica, algorithm = here.replica, here.algorithm
         blocks, bits = replica.layout.blocks, config.coefficient_bits
@@ -88,7 +94,7 @@ class Worker:
         replica.become(everything, instruction.digest)
         replica.touch()
         work = here.work(identity.client, self._samples(identity), instruction.round, instruction.pools[-1].pool)
-        update = algorithm.local_update(work, config, instruction)
+        update = algorithm.local_update(replace(work, deadline=deadline), config, instruction)
         keep = [*used, *(wire.encode_pool(pool, bits) for pool in instruction.pools[:-1])]
         return wire.encode_update(update, config.scalar_bits), keep
 

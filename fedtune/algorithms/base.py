@@ -6,6 +6,8 @@ neither family nor device nor transport: directions are behind `fedtune.directio
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -60,6 +62,7 @@ class LocalWork:
         examples: training samples that the client owns.
         start: tensor `index` as it was when `local_update` started, computed when it is asked for (see `Replica.start`);
             None: an algorithm that needs it copies the weights.
+        deadline: moment of `time.monotonic` after which no further step is begun; the steps done are the update.
     """
 
     model: torch.nn.Module
@@ -71,6 +74,11 @@ class LocalWork:
     client: str
     examples: int
     start: Callable[[int], torch.Tensor] | None = None
+    deadline: float = math.inf
+
+    def in_time(self, done: int) -> bool:
+        """Whether another step may be begun after `done` of them; the first always may."""
+        return not done or time.monotonic() < self.deadline
 
 
 @dataclass(frozen=True)
