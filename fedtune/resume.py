@@ -15,6 +15,8 @@ from typing import Any
 from fedtune.config import RunConfig, Scalar
 from fedtune.errors import ForeignLedgerError
 from fedtune.ledger import Ledger
+from fedtune.ledger_file import LEDGER
+from fedtune.run_folder import RunFolder
 
 
 class Rule(Enum):
@@ -57,6 +59,14 @@ def settings_of(ledger: Ledger) -> RunConfig:
     for event in ledger.events("resume"):
         used.update(event.detail["settings"])
     return RunConfig.from_mapping(used)
+
+
+def stored_settings(folder: RunFolder) -> RunConfig:
+    """The settings of the run in `folder`, from its ledger; from config.json where the run died before it made one."""
+    if not (folder.path / LEDGER).exists():
+        return folder.config()
+    with Ledger.open(folder.path) as ledger:
+        return settings_of(ledger)
 
 
 def plan(ledger: Ledger, asked: RunConfig, folder: str) -> Plan:

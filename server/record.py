@@ -95,7 +95,7 @@ class Record:
     def evaluated(
         self, number: int, state: State, loss: Evaluation, text: Generation | None, phases: Mapping[str, float]
     ) -> None:
-        """Write the evaluation of the model after round `number`: texts and best model first, so that they are never missing."""
+        """Write what was measured after round `number`: texts and best model first, so that they are never missing."""
         detail: dict[str, Any] = {
             "round": number,
             "eval_loss": finite(loss.loss),

@@ -41,8 +41,8 @@ class Run:
     def __init__(self, grid: Grid, opened: Opened) -> None:
         self.grid, self.config, self.folder, self.notes = grid, opened.config, opened.folder, opened.notes
         self.here: Resident = resident(opened.config)
-        self.strategy = CoefficientStrategy(opened.rules, opened.state)
         self.record = Record(opened)
+        self.strategy = CoefficientStrategy(opened.rules, opened.state, self.record.dropped())
         self._phases: dict[str, float] = {}
 
     def execute(self) -> dict[str, object]:

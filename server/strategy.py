@@ -187,9 +187,8 @@ class CoefficientStrategy(Strategy):
             self._finished(server_round, client, f"no answer within {self.config.round_timeout:g} s")
         tally.short = len(tally.updates) < self.config.needed_replies
         if tally.short:
-            self._use_none(
-                server_round, f"not used: {len(tally.updates)} of {self.config.needed_replies} updates that it takes"
-            )
+            needed = self.config.needed_replies
+            self._use_none(server_round, f"not used: {len(tally.updates)} usable updates came, a round needs {needed}")
         else:
             self._move(server_round, tally.updates)
         return None, MetricRecord({"clients": len(self.tally.clients) - len(self.tally.refused)})
