@@ -46,11 +46,12 @@ _PLACES = ("out", "resume")  # where the folder is now: not worth a note, and ne
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run goes on: its settings, those that are new, and a sentence about each difference."""
+    """How a run goes on: its settings, those that are new, and a sentence about each new value and each that is not used."""
 
     config: RunConfig
     changed: Mapping[str, Scalar]
-    notes: tuple[str, ...]
+    news: tuple[str, ...]
+    unused: tuple[str, ...]
 
 
 def settings_of(ledger: Ledger) -> RunConfig:
@@ -69,32 +70,38 @@ def stored_settings(folder: RunFolder) -> RunConfig:
         return settings_of(ledger)
 
 
-def plan(ledger: Ledger, asked: RunConfig, folder: str) -> Plan:
+def plan(ledger: Ledger, asked: RunConfig, folder: RunFolder) -> Plan:
     """Hold `asked` against the ledger in `folder`.
 
     Raises:
         ForeignLedgerError: settings that must match do not, or the run is already past the last round.
     """
-    before = settings_of(ledger)
+    if asked.rounds < ledger.last:
+        raise ForeignLedgerError(
+            f"The run in '{folder.path}' has finished {ledger.last} rounds already: rounds cannot be {asked.rounds}."
+        )
+    return held_against(folder, settings_of(ledger), asked)
+
+
+def held_against(folder: RunFolder, before: RunConfig, asked: RunConfig) -> Plan:
+    """What `asked` changes in the settings `before`. Raises ForeignLedgerError if settings that must match do not."""
     rules = {**POLICY, "rounds": _rule_of_rounds(before)}
     differing = [key for key in POLICY if key not in _PLACES and getattr(asked, key) != getattr(before, key)]
     fixed = [key for key in differing if rules[key] is Rule.MUST_MATCH]
     if fixed:
         raise ForeignLedgerError(
-            f"The run in '{folder}' was made with "
+            f"The run in '{folder.path}' was made with "
             + ", ".join(f"{key} = {getattr(before, key)!r} (now {getattr(asked, key)!r})" for key in fixed)
             + ": resume it with the same values, or start a new run.",
             settings=tuple(fixed),
         )
-    if asked.rounds < ledger.last:
-        raise ForeignLedgerError(f"The run in '{folder}' has finished {ledger.last} rounds already: rounds cannot be fewer.")
     changed = {key: getattr(asked, key) for key in differing if rules[key] is Rule.NEW_WINS}
     kept = [key for key in differing if rules[key] is Rule.LEDGER_WINS]
-    notes = [f"{key} = {changed[key]!r} from here on; it was {getattr(before, key)!r}." for key in changed]
-    notes += [
+    news = [f"{key} = {changed[key]!r} from here on; it was {getattr(before, key)!r}." for key in changed]
+    unused = [
         f"{key} stays {getattr(before, key)!r} as in the rounds before: {getattr(asked, key)!r} is not used." for key in kept
     ]
-    return Plan(before.replace(**changed, out=folder, resume=""), changed, tuple(notes))
+    return Plan(before.replace(**changed, out=str(folder.path), resume=""), changed, tuple(news), tuple(unused))
 
 
 def _rule_of_rounds(before: RunConfig) -> Rule:

@@ -130,6 +130,12 @@ class RunFolder:
         with _explained(target, "removed"):
             target.unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        """Remove temporary files that a killed process left."""
+        for leftover in self.path.glob(".*.tmp"):
+            with _explained(leftover, "removed"):
+                leftover.unlink(missing_ok=True)
+
     # ------------------------------------------------------------------ reading
 
     def read_metrics(self) -> list[dict[str, Any]]:

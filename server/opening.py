@@ -80,13 +80,12 @@ def _with_new_ledger(folder: RunFolder, asked: RunConfig, config: RunConfig, her
 
 def _carry_on(asked: RunConfig) -> Opened:
     folder = RunFolder.open(Path(asked.resume).resolve())
-    where = str(folder.path)
     if not (folder.path / LEDGER).exists():
         return _never_begun(folder, asked)
     ledger = Ledger.open(folder.path, writing=True)
     try:
         check_chains(ledger)
-        going_on = plan(ledger, asked, where)
+        going_on = plan(ledger, asked, folder)
         here = resident(going_on.config)
         here.load()
         rules = _rules(going_on.config, here)
@@ -100,7 +99,7 @@ def _carry_on(asked: RunConfig) -> Opened:
         raise
     news = [f"{name} is {now[name]} now; it was {older[name]}. " + _LIBRARY for name in now if now[name] != older.get(name)]
     begun = f"Going on after round {ledger.last} of {going_on.config.rounds}, digest {rules.digest(state).hex()}."
-    return Opened(going_on.config, folder, ledger, rules, state, (begun, *going_on.notes, *news))
+    return Opened(going_on.config, folder, ledger, rules, state, (begun, *going_on.news, *going_on.unused, *news))
 
 
 _LIBRARY = "Rounds from here on may differ in their last digits from those of the earlier process."
@@ -115,12 +114,12 @@ def _never_begun(folder: RunFolder, asked: RunConfig) -> Opened:
     here.load()
     opened = _with_new_ledger(folder, config, config, here)
     try:
-        going_on = plan(opened.ledger, asked, str(folder.path))
+        going_on = plan(opened.ledger, asked, folder)
         opened.ledger.commit_event("resume", {"settings": dict(going_on.changed), "versions": versions()})
     except BaseException:
         opened.ledger.close()
         raise
-    return Opened(going_on.config, folder, opened.ledger, opened.rules, opened.state, going_on.notes)
+    return Opened(going_on.config, folder, opened.ledger, opened.rules, opened.state, (*going_on.news, *going_on.unused))
 
 
 def _rules(config: RunConfig, here: Resident) -> Rules:

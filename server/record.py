@@ -136,6 +136,7 @@ class Record:
         """Make the files of the folder what they should be after the rows 0 .. `done`, from the ledger."""
         evaluations = self._evaluations()
         self.rows = [_row(row, evaluations.get(row.number)) for row in self.ledger.rounds() if row.number <= done]
+        self.folder.sweep()
         for name in (SUMMARY, "error.json"):
             self.folder.discard(name)
         settings = {"asked": dict(self.ledger.header.asked), "used": self.config.as_mapping()}

@@ -22,6 +22,7 @@ from fedtune.cli.data import data_app
 from fedtune.cli.demo import demo
 from fedtune.cli.estimate import estimate
 from fedtune.cli.export import export
+from fedtune.cli.ledger import ledger_app
 from fedtune.cli.presets import presets
 from fedtune.cli.settings import settings
 from fedtune.cli.simulate import simulate
@@ -61,6 +62,7 @@ app.command("presets")(presets)
 app.add_typer(data_app, name="data")
 app.command("estimate")(estimate)
 app.command("export")(export)
+app.add_typer(ledger_app, name="ledger")
 app.command("settings")(settings)
 
 

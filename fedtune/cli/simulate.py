@@ -18,7 +18,7 @@ from fedtune.cli.tables import Summary, result_table
 from fedtune.cli.watch import watching
 from fedtune.config import RunConfig
 from fedtune.errors import Interrupted
-from fedtune.resume import stored_settings
+from fedtune.resume import held_against, stored_settings
 from fedtune.run_folder import RunFolder, check_new, dated
 
 
@@ -92,7 +92,7 @@ def simulate(
 
     Ctrl-C stops after the step in hand; what is finished stays in the run folder, and --resume carries the run on.
     """
-    config = _carried_on(resume, settings, out) if resume else _new(preset, settings, out)
+    config = _carried_on(resume, settings, out, quiet) if resume else _new(preset, settings, out)
     summary = run_watched(config, runner(engine, workers), quiet=quiet, to_stderr=as_json)
     if not (as_json and quiet):
         Console(stderr=as_json, highlight=False).print(result_table(summary))
@@ -107,12 +107,16 @@ def _new(preset: str, settings: list[str], out: str) -> RunConfig:
     return config
 
 
-def _carried_on(resume: str, settings: list[str], out: str) -> RunConfig:
-    """The settings of the run in the folder `resume` with `settings` applied; what may change is checked when it opens."""
+def _carried_on(resume: str, settings: list[str], out: str, quiet: bool) -> RunConfig:
+    """The settings of the run in the folder `resume`, changed by `settings` where that is allowed."""
     if out:
         raise typer.BadParameter("--resume goes on in the run's own folder: leave --out away.")
-    before = stored_settings(RunFolder.open(resume))
-    return before.replace(**dict(presets.parse_setting(text) for text in settings), out=resume, resume=resume)
+    folder = RunFolder.open(resume)
+    before = stored_settings(folder)
+    going_on = held_against(folder, before, before.replace(**dict(presets.parse_setting(text) for text in settings)))
+    for note in () if quiet else going_on.unused:
+        Console(stderr=True, highlight=False).print(note, markup=False, soft_wrap=True)
+    return going_on.config.replace(resume=resume)
 
 
 def run_folder(chosen: presets.Chosen, out: str = "") -> str:
