@@ -13,6 +13,7 @@ round and its snapshot are one transaction in a write-ahead log that is flushed 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -242,7 +243,8 @@ class Ledger:
         try:
             yield
         finally:
-            self._connection.execute("COMMIT")
+            with contextlib.suppress(sqlite3.Error):  # of a damaged file; what was read said so
+                self._connection.execute("ROLLBACK")
 
     def damage(self) -> str:
         """What SQLite itself finds wrong with the file; "" for nothing."""
