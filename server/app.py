@@ -18,8 +18,9 @@ from fedtune import progress
 from fedtune.cli.lines import LineLog
 from fedtune.cli.view import RunView
 from fedtune.config import RunConfig
-from fedtune.errors import RunFolderError
-from server.opening import Opened, open_run
+from fedtune.control import Doing
+from fedtune.errors import FedtuneError, Interrupted
+from server.opening import open_run
 from server.rounds import Run
 
 app = ServerApp()
@@ -30,17 +31,19 @@ def main(grid: Grid, context: Context) -> None:
     """Run a federation to its end, from the beginning or from where it was (run config key `resume`)."""
     opened = open_run(RunConfig.from_mapping(dict(context.run_config)))
     with opened.ledger, _told():
+        run = Run(grid, opened)
         try:
-            Run(grid, opened).execute()
+            run.execute()
         except Exception as error:
-            _write_error(opened, error)
+            _write_error(run, error)
             raise
 
 
-def _write_error(opened: Opened, error: Exception) -> None:
-    """Write error.json; a disk that is full, say, does not hide the error itself."""
-    with contextlib.suppress(RunFolderError):
-        opened.folder.write_json("error.json", {"type": type(error).__name__, "message": str(error)})
+def _write_error(run: Run, error: Exception) -> None:
+    """Write error.json and the status; a disk that is full, say, does not hide the error itself."""
+    with contextlib.suppress(FedtuneError):
+        run.folder.write_json("error.json", {"type": type(error).__name__, "message": str(error)})
+        run.operator.say(Doing.STOPPED if isinstance(error, Interrupted) else Doing.FAILED, str(error))
 
 
 @contextmanager

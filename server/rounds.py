@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
+from fedtune.control import Doing
 from fedtune.directions.choice import kernels_note
 from fedtune.errors import DivergedError, RunError
 from fedtune.evaluation import evaluate, generate
 from fedtune.progress import Note, RoundFinished, RunFinished, RunStarted, check_stop, emit
 from fedtune.resident import Resident, resident
 from server.opening import Opened
+from server.operate import Operator
 from server.record import Record
 from server.strategy import CoefficientStrategy, is_behind
 
@@ -43,6 +45,7 @@ class Run:
         self.here: Resident = resident(opened.config)
         self.record = Record(opened)
         self.strategy = CoefficientStrategy(opened.rules, opened.state, self.record.dropped())
+        self.operator = Operator(self.record, self.strategy)
         self._phases: dict[str, float] = {}
 
     def execute(self) -> dict[str, object]:
@@ -53,18 +56,31 @@ class Run:
         """
         self._announce()
         pending = self._catch_up()
+        self.operator.heed()
         self._wait_for_clients()
         if pending:
             self._settle(self.record.last)
         short = 0
         while (number := self.record.last + 1) <= self.config.rounds:
-            check_stop()
+            self._between_rounds()
             short = 0 if self._round(number) else short + 1
             if short == SHORT_ROUNDS:
                 raise self._too_short()
+        self._between_rounds()
         summary = self.record.finish(self.here.replica.layout.numel)
+        self.operator.say(Doing.FINISHED)
         emit(RunFinished(summary))
         return summary
+
+    def _between_rounds(self) -> None:
+        """Follow what the run was told to do. A run with all its rounds done still drops, evaluates and stops."""
+        check_stop()
+        self.operator.heed()
+        last = self.record.last
+        if self.operator.evaluate_now and not self.record.has_evaluation(last):
+            self._evaluate(last)
+            self.record.add_row(last)
+        self.operator.evaluate_now = False
 
     # ------------------------------------------------------------------ before the first round
 
@@ -100,13 +116,13 @@ class Run:
         return pending
 
     def _wait_for_clients(self) -> None:
-        """Wait until `clients` nodes are connected, then learn who they are."""
-        deadline = time.monotonic() + self.config.wait_timeout
-        while (connected := len(list(self.grid.get_node_ids()))) < self.config.clients:
+        """Wait until `clients` nodes are connected, less those that were dropped, then learn who they are."""
+        deadline, wanted = time.monotonic() + self.config.wait_timeout, self.config.clients - len(self.strategy.dropped)
+        while (connected := len(list(self.grid.get_node_ids()))) < wanted:
             check_stop()
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"{connected} of {self.config.clients} nodes connected within {self.config.wait_timeout:g} s: "
+                    f"{connected} of {wanted} nodes connected within {self.config.wait_timeout:g} s: "
                     "start more SuperNodes, or lower clients."
                 )
             time.sleep(POLL_SECONDS)

@@ -115,13 +115,14 @@ class CoefficientStrategy(Strategy):
             except FedtuneError as problem:
                 problems.append(problem)
                 emit(Note(f"A client was refused: {problem}", warning=True))
-        if len(self.clients) < self.config.asked_per_round:
+        needed = min(self.config.asked_per_round, self.config.clients - len(self.dropped))
+        if len(self.clients) < needed:
             raise (
                 problems[0]
                 if problems
                 else errors.RunError(
                     f"Only {len(self.clients)} of {len(node_of)} nodes introduced themselves; a round asks "
-                    f"{self.config.asked_per_round}. Start more nodes, or lower clients_per_round."
+                    f"{needed}. Start more nodes, or lower clients_per_round."
                 )
             )
 
