@@ -20,6 +20,8 @@ from fedtune.cli.view import RunView
 from fedtune.config import RunConfig
 from fedtune.control import Doing
 from fedtune.errors import FedtuneError, Interrupted
+from fedtune.redact import redact
+from server.log import logging_to
 from server.opening import open_run
 from server.rounds import Run
 
@@ -30,7 +32,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation to its end, from the beginning or from where it was (run config key `resume`)."""
     opened = open_run(RunConfig.from_mapping(dict(context.run_config)))
-    with opened.ledger, _told():
+    with opened.ledger, _told(), logging_to(opened.folder.path):
         run = Run(grid, opened)
         try:
             run.execute()
@@ -42,8 +44,8 @@ def main(grid: Grid, context: Context) -> None:
 def _write_error(run: Run, error: Exception) -> None:
     """Write error.json and the status; a disk that is full, say, does not hide the error itself."""
     with contextlib.suppress(FedtuneError):
-        run.folder.write_json("error.json", {"type": type(error).__name__, "message": str(error)})
-        run.operator.say(Doing.STOPPED if isinstance(error, Interrupted) else Doing.FAILED, str(error))
+        run.folder.write_json("error.json", {"type": type(error).__name__, "message": redact(str(error))})
+        run.operator.say(Doing.STOPPED if isinstance(error, Interrupted) else Doing.FAILED, redact(str(error)))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from fedtune.coefficients import Coefficients, quantise
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, ModelError, NonFiniteError, WireError
 from fedtune.progress import ClientFinished, Note, RoundStarted, emit
+from fedtune.redact import redact
 from fedtune.replay import Rules, read_update
 from fedtune.wire import Instruction, Status, Update
 from server.sampling import natural_order, sample_clients
@@ -261,6 +262,7 @@ class CoefficientStrategy(Strategy):
 
     def _finished(self, server_round: int, client: str, problem: str) -> None:
         if problem:
+            problem = redact(problem)
             self.tally.refused[client] = problem
         emit(ClientFinished(server_round, client, problem))
 

@@ -61,7 +61,7 @@ class Crashes:
 def _digest(folder: Path) -> bytes:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix != ".sqlite-shm" and not path.name.endswith("-shm"):
+        if path.is_file() and path.name != "log.jsonl" and not path.name.endswith("-shm"):
             digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.digest()
 
