@@ -215,12 +215,17 @@ class Ledger:
         rows = self._rows("SELECT client, share, payload FROM updates WHERE round = ? ORDER BY client", number)
         return [Used(*row) for row in rows]
 
-    def events(self, kind: str = "") -> Iterator[Happened]:
-        """All events in order, or those of one kind."""
-        where = "WHERE kind = ?" if kind else "WHERE ? = ''"
-        for row in self._rows(f"SELECT number, round, kind, detail, elapsed FROM events {where} ORDER BY number", kind):
+    def events(self, kind: str = "", after: int = -1) -> Iterator[Happened]:
+        """All events in order, or those of one kind, or of those the ones after round `after`."""
+        where = "WHERE ?1 IN ('', kind) AND ?2 IN (-1, round)"
+        for row in self._rows(f"SELECT number, round, kind, detail, elapsed FROM events {where} ORDER BY number", kind, after):
             with _reading(f"event {row[0]}"):
                 yield Happened(row[0], row[1], row[2], json.loads(row[3]), row[4])
+
+    @property
+    def pool_count(self) -> int:
+        """How many pools are finished."""
+        return int(self._one("SELECT count(*) FROM pools")[0])
 
     def pools(self) -> list[bytes]:
         """Encoded coefficients of the pools that are finished, in order."""
@@ -262,8 +267,7 @@ class Ledger:
             columns = (*row.columns(), updates_digest(row.number, updates))
             previous = self._head("rounds")
             self._insert("rounds", (*columns, previous, link(previous, "rounds", columns)))
-            count = int(self._one("SELECT count(*) FROM pools")[0])
-            for number, pool in enumerate(pools, start=count):
+            for number, pool in enumerate(pools, start=self.pool_count):
                 self._insert("pools", (number, pool))
             self._replace_snapshot(snapshot)
 

@@ -9,13 +9,13 @@ HIDDEN = "***"
 SHORTEST = 8  # shorter values are words that occur by chance
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE|AUTH)_?KEY", re.IGNORECASE)
-_PATTERNS = (
-    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
-    re.compile(r"\b(?:hf|sk|ghp|gho|glpat|xox[bap])[_-][A-Za-z0-9_-]{16,}"),
-    re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]+"),  # a JSON web token
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),  # name:password@ in an address
-    re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}"),
-    re.compile(r"(?i)(?<=(?:token|secret)[=:])\S{4,}|(?<=password[=:])\S{4,}"),
+_PATTERNS = (  # what is found, and what is kept of it
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), HIDDEN),
+    (re.compile(r"\b(?:hf|sk|ghp|gho|glpat|xox[bap])[_-][A-Za-z0-9_-]{16,}"), HIDDEN),
+    (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]+"), HIDDEN),  # a JSON web token
+    (re.compile(r"(://)[^/\s:@]+:[^/\s@]+@"), rf"\1{HIDDEN}@"),  # name:password@ in an address
+    (re.compile(r"(bearer )[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(r"((?:token|secret|password)[=:])\S{4,}", re.IGNORECASE), rf"\1{HIDDEN}"),
 )
 
 
@@ -28,6 +28,6 @@ def redact(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and _SECRET_NAME.search(name):
             text = text.replace(value, HIDDEN)
-    for pattern in _PATTERNS:
-        text = pattern.sub(HIDDEN, text)
+    for pattern, kept in _PATTERNS:
+        text = pattern.sub(kept, text)
     return text

@@ -79,9 +79,9 @@ class Rules:
         )
         return wire.encode_instruction(complete, self.config.coefficient_bits)
 
-    def closed(self, state: State) -> list[bytes]:
-        """The finished pools of a state, encoded."""
-        return [wire.encode_pool(pool, self.config.coefficient_bits) for pool in state.closed]
+    def closed(self, state: State, known: int = 0) -> list[bytes]:
+        """The finished pools of a state, encoded, without the first `known`."""
+        return [wire.encode_pool(pool, self.config.coefficient_bits) for pool in state.closed[known:]]
 
 
 def read_update(rules: Rules, state: State, payload: bytes, *, round: int, digest: bytes) -> Update:

@@ -46,7 +46,7 @@ class Record:
 
     def attempts(self, number: int) -> int:
         """How often round `number` was asked and came out short."""
-        return sum(event.detail["round"] == number for event in self.ledger.events("attempt"))
+        return sum(1 for _ in self.ledger.events("attempt", after=number - 1))
 
     def dropped(self) -> set[str]:
         """Clients that take no part any more."""
@@ -70,8 +70,8 @@ class Record:
         )
         weights = shares(tally.updates, self.config)
         used = [Used(client, weights[client], tally.payloads[client]) for client in tally.updates]
-        known = len(self.ledger.pools())
-        self.ledger.commit_round(row, used, self.rules.closed(state)[known:], snapshot_of(state, number))
+        pools = self.rules.closed(state, self.ledger.pool_count)
+        self.ledger.commit_round(row, used, pools, snapshot_of(state, number))
 
     def commit_attempt(self, number: int, tally: Tally, phases: Mapping[str, float]) -> None:
         """Write down that round `number` came out short and is asked again."""
@@ -81,9 +81,8 @@ class Record:
     def _with_attempts(self, number: int, tally: Tally) -> dict[str, int]:
         """The bytes and messages of a round, those of its short attempts included."""
         counts = _counts(tally)
-        for event in self.ledger.events("attempt"):
-            if event.detail["round"] == number:
-                counts = {name: count + event.detail[name] for name, count in counts.items()}
+        for event in self.ledger.events("attempt", after=number - 1):
+            counts = {name: count + event.detail[name] for name, count in counts.items()}
         return counts
 
     # ------------------------------------------------------------------ what is made from it
@@ -114,7 +113,7 @@ class Record:
 
     def add_row(self, number: int) -> dict[str, Any]:
         """The row of round `number` for metrics.jsonl; appended to it, or put in place of the one that is there."""
-        row = _row(self.ledger.round(number), self._evaluations().get(number))
+        row = _row(self.ledger.round(number), self._evaluations(number).get(number))
         if number == len(self.rows):
             self.rows.append(row)
             self.folder.append_metrics(row)
@@ -125,10 +124,11 @@ class Record:
 
     def has_evaluation(self, number: int) -> bool:
         """Whether the model after round `number` was evaluated."""
-        return number in self._evaluations()
+        return bool(self._evaluations(number))
 
-    def _evaluations(self) -> dict[int, Mapping[str, Any]]:
-        return {event.detail["round"]: event.detail for event in self.ledger.events("evaluation")}
+    def _evaluations(self, number: int = -1) -> dict[int, Mapping[str, Any]]:
+        """By round: all of them, or that of one round."""
+        return {event.round: event.detail for event in self.ledger.events("evaluation", after=number)}
 
     # ------------------------------------------------------------------ after a resume
 
