@@ -132,7 +132,8 @@ def run_watched(config: RunConfig, run: Callable[[RunConfig], Summary], *, quiet
         except Interrupted:
             done = sum(row.round > 0 for row in view.rows)
             kept = (
-                f"after {done} of {config.rounds} rounds; model and metrics are in '{config.out}'"
+                f"after {done} of {config.rounds} rounds; model and metrics are in '{config.out}', and "
+                f"`fedtune simulate --resume {config.out}` carries it on"
                 if view.rows
                 else "before the first round"
             )
