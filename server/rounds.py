@@ -57,7 +57,8 @@ class Run:
         self._announce()
         pending = self._catch_up()
         self.operator.heed()
-        self._wait_for_clients()
+        if self.record.last < self.config.rounds:
+            self._wait_for_clients()
         if pending:
             self._settle(self.record.last)
         short = 0
