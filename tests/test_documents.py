@@ -149,6 +149,7 @@ def functions_of(path: Path) -> set[str]:
         "tests/fidelity/test_defects_of_others.py",
         "tests/fidelity/test_paper_statements.py",
         "docs/claims.md",
+        "docs/ledger.md",
         "docs/methods.md",
         "docs/worker.md",
     ],

@@ -25,6 +25,7 @@ from fedtune.cli.demo import demo
 from fedtune.cli.estimate import estimate
 from fedtune.cli.export import export
 from fedtune.cli.ledger import ledger_app
+from fedtune.cli.operate import drop, evaluate, pause, status, stop, unpause
 from fedtune.cli.presets import presets
 from fedtune.cli.settings import settings
 from fedtune.cli.simulate import simulate
@@ -68,6 +69,8 @@ app.command("export")(export)
 app.command("apply")(apply)
 app.add_typer(delta_app, name="delta")
 app.add_typer(ledger_app, name="ledger")
+for operation in (status, pause, unpause, stop, drop, evaluate):
+    app.command(operation.__name__)(operation)
 app.command("settings")(settings)
 app.command("worker")(worker)
 
