@@ -13,6 +13,7 @@ FedtuneError                     anything below; the command line prints it as o
     MismatchError                a valid message for another round, pool, model or state
     NonFiniteError               a number that is not finite where the state would be touched
   StaleReplicaError              a client lacks coefficients that a message builds upon
+  DeployError                    the files of a deployment cannot be written or used
   RunError                       the run as a whole
     RunFolderError               the run folder exists, is missing or is not a run folder
     DivergedError                no client produced a finite update for several rounds
@@ -79,6 +80,10 @@ class NonFiniteError(WireError):
 
 class StaleReplicaError(FedtuneError):
     """A client lacks coefficients that a message builds upon; the server sends everything again."""
+
+
+class DeployError(FedtuneError):
+    """The files of a deployment cannot be written or used."""
 
 
 class RunError(FedtuneError):

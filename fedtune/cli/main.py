@@ -20,6 +20,7 @@ from rich.text import Text
 import fedtune
 from fedtune.cli.data import data_app
 from fedtune.cli.demo import demo
+from fedtune.cli.deploy import deploy_app
 from fedtune.cli.estimate import estimate
 from fedtune.cli.export import export
 from fedtune.cli.presets import presets
@@ -62,6 +63,7 @@ app.add_typer(data_app, name="data")
 app.command("estimate")(estimate)
 app.command("export")(export)
 app.command("settings")(settings)
+app.add_typer(deploy_app, name="deploy")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
