@@ -1,4 +1,4 @@
-"""server.env and node.env: NAME='value' lines that the shell scripts source and `fedtune deploy check` reads."""
+"""The files server.env and node.env: NAME='value' lines that the shell scripts source and `fedtune deploy check` reads."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def ask(federation: Federation, method: str, path: str, body: bytes | None = Non
     context = ssl.create_default_context(cafile=str(loopback.server / "ca.pem"))
     connection = http.client.HTTPSConnection("127.0.0.1", loopback.public, timeout=10, context=context)
     try:
-        connection.request(method, path, body, {"Content-Type": "application/x-protobuf"})
+        connection.request(method, path, body, {"Content-Type": "application/protobuf"})
         return connection.getresponse().status
     finally:
         connection.close()

@@ -197,7 +197,7 @@ def _ask(place: Place, method: str, path: str) -> tuple[int, str]:
     connection = _Connection(place)
     try:
         connection.request(
-            method, path, body=b"" if method == "POST" else None, headers={"Content-Type": "application/x-protobuf"}
+            method, path, body=b"" if method == "POST" else None, headers={"Content-Type": "application/protobuf"}
         )
         answer = connection.getresponse()
         answer.read()
