@@ -103,19 +103,23 @@ def fedtune(*arguments: str) -> int:
     return 0
 
 
-def alone(machine: Path, script: str, seconds: float = START_SECONDS) -> subprocess.CompletedProcess[str]:
-    """Run a script that is expected to end by itself, without a supervisor."""
-    return subprocess.run(
-        [machine / script],
-        cwd=machine,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
+def alone(machine: Path, script: str, seconds: float = START_SECONDS) -> tuple[int, str]:
+    """Exit code and output of a script that is expected to end by itself, without a supervisor.
+
+    The output goes to a file: its SuperExec holds it open until the SuperNode's process is gone, and it is gone when it
+    has been waited for.
+    """
+    path = machine / "alone.log"
+    with path.open("wb") as log:
+        process = subprocess.Popen(
+            [machine / script], cwd=machine, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            code = process.wait(seconds)
+        finally:
+            process.kill()
+            process.wait()
+    return code, path.read_text(errors="replace")
 
 
 def change(path: Path, **values: str) -> None:

@@ -68,8 +68,7 @@ def strangers(federation: Federation, tmp_path_factory: pytest.TempPathFactory) 
     for folder, port in zip(folders.values(), free_ports(2), strict=True):
         change(folder / "node.env", BIN=programs(), RUNTIME_PORT=str(port), MODEL="/m", DATA="/d")
     with ThreadPoolExecutor() as pool:
-        ended = dict(zip(folders, pool.map(lambda folder: alone(folder, "supernode.sh"), folders.values()), strict=True))
-    return {name: (process.returncode, process.stdout) for name, process in ended.items()}
+        return dict(zip(folders, pool.map(lambda folder: alone(folder, "supernode.sh"), folders.values()), strict=True))
 
 
 def test_a_node_that_is_not_registered_is_refused(strangers: dict[str, tuple[int, str]]) -> None:

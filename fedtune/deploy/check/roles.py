@@ -27,7 +27,8 @@ def check_deployment(folder: Path, role: str = "") -> list[Finding]:
     Raises:
         DeployError: it is none of these, or has no such role, or an .env file cannot be read.
     """
-    return [replace(finding, role=name) for name, place in _places(folder, role).items() for finding in _check(name, place)]
+    places = _places(folder.absolute(), role)  # programs are started from other folders
+    return [replace(finding, role=name) for name, place in places.items() for finding in _check(place)]
 
 
 def _places(folder: Path, role: str) -> dict[str, Path]:
@@ -48,7 +49,7 @@ def _places(folder: Path, role: str) -> dict[str, Path]:
     return {role: found[role]} if role else found
 
 
-def _check(name: str, folder: Path) -> Iterator[Finding]:
+def _check(folder: Path) -> Iterator[Finding]:
     if (folder / settings.SERVER_ENV).is_file():
         yield from check_server(folder)
     else:
