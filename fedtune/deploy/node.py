@@ -20,7 +20,10 @@ exec flower-supernode --superlink "$SERVER" --root-certificates "$here/ca.pem" \
 
 _START = script(
     "The SuperNode in the foreground, started again when it ends; Ctrl-C or TERM stops it.",
-    'exec "$here/supervise.sh" "$here/supernode.sh"\n',
+    """\
+echo $$ >"$here/start.pid"
+exec "$here/supervise.sh" "$here/supernode.sh"
+""",
 )
 
 

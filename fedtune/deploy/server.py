@@ -35,6 +35,7 @@ exec nginx -p "$here/" -c nginx.conf -e stderr -g 'daemon off;' "$@"
 _START = script(
     "SuperLink and proxy in the foreground, each started again when it ends; Ctrl-C or TERM stops both.",
     """\
+echo $$ >"$here/start.pid"
 "$here/supervise.sh" "$here/superlink.sh" &
 superlink=$!
 "$here/supervise.sh" "$here/proxy.sh" &

@@ -11,7 +11,7 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from loopback import fedtune
+from loopback import change, fedtune, wait_until
 
 from fedtune.deploy import settings
 from fedtune.deploy.certificates import covers, names_of
@@ -136,6 +136,77 @@ def test_scripts_are_shell_and_can_be_run(written: Path) -> None:
     for path in scripts:
         subprocess.run(["sh", "-n", path], check=True)
         assert path.name == "environment.sh" or path.stat().st_mode & 0o100
+
+
+FLWR = """\
+#!/bin/sh
+echo "$@" >>"$FLWR_HOME/asked"
+case "$1" in
+    run) echo '{"success": SUCCESS, "run-id": "7"}' ;;
+    list) printf '{\\n  "runs": [\\n    {\\n      "run-id": "7",\\n      "status": "STATUS"\\n    }\\n  ]\\n}\\n' ;;
+    log) echo "the log" ;;
+    supernode) printf 'Registering\\n{\\n  "success": true,\\n  "node-id": "12345678901234567890"\\n}\\n' ;;
+esac
+"""
+"""Answers as Flower's command gives them."""
+
+
+def pretend_flwr(folder: Path, text: str) -> Path:
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin/flwr").write_text(text)
+    (folder / "bin/flwr").chmod(0o700)
+    change(folder / "server/server.env", BIN=str(folder / "bin"))
+    return folder / "server"
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [("finished:completed", 0), ("finished:failed", 1), ("finished:stopped", 1), ("running", 1)]
+)
+def test_a_run_that_does_not_complete_is_told_as_such(written: Path, status: str, code: int) -> None:
+    """`flwr run` and `flwr log` return 0 whatever becomes of the run."""
+    server = pretend_flwr(written, FLWR.replace("STATUS", status).replace("SUCCESS", "true"))
+    done = subprocess.run([server / "run.sh", "my.toml", "app"], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert f"run 7: {status}" in done.stdout
+    asked = (server / "flwr/asked").read_text().splitlines()
+    assert asked[0] == "run app deployment --run-config my.toml --format json"
+
+
+def test_a_run_that_is_refused_is_told_as_such(written: Path) -> None:
+    server = pretend_flwr(written, '#!/bin/sh\necho \'{"success": false, "error-message": "no such key"}\'\nexit 1\n')
+    done = subprocess.run([server / "run.sh", "my.toml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no such key" in done.stderr
+
+
+def test_keys_are_registered_once_and_removed_by_name(written: Path) -> None:
+    server = pretend_flwr(written, FLWR)
+    for expected in (["registered a as node 12345678901234567890", "registered b as node 12345678901234567890"], []):
+        done = subprocess.run([server / "register.sh"], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == expected
+    subprocess.run([server / "remove.sh", "a"], check=True, capture_output=True)
+    assert "supernode unregister 12345678901234567890 deployment" in (server / "flwr/asked").read_text()
+    assert {path.name for path in (server / "nodes").iterdir()} == {"b.pub", "b.id"}
+    pretend_flwr(written, "#!/bin/sh\necho 'Public key already in use'\n")
+    (server / "nodes/b.id").unlink()
+    done = subprocess.run([server / "register.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "b was not registered:\nPublic key already in use" in done.stderr
+
+
+def test_a_program_that_ends_is_started_again_until_the_supervisor_is_told_to_stop(written: Path, tmp_path: Path) -> None:
+    node, seen = written / "nodes/a", tmp_path / "starts"
+    change(node / "node.env", RESTART_SECONDS="0.1")
+    (node / "supernode.sh").write_text(
+        f'#!/bin/sh\necho start >>"{seen}"\n[ "$(wc -l <"{seen}")" -ge 3 ] || exit 7\nexec sleep 60\n'
+    )
+    process = subprocess.Popen([node / "start.sh"], stderr=subprocess.PIPE, text=True)
+    assert wait_until(lambda: seen.exists() and len(seen.read_text().splitlines()) == 3, 30)
+    assert (node / "start.pid").read_text().strip() == str(process.pid)
+    process.terminate()
+    _, said = process.communicate(timeout=10)  # the sleep of 60 s ended, too: it holds the pipe
+    assert process.returncode == 0
+    assert said.count("supernode.sh ended with exit code 7; next start in 0.1 s") == 2
 
 
 def test_the_containers_publish_the_proxys_port_only(written: Path) -> None:

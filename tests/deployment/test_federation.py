@@ -95,12 +95,6 @@ def test_a_run_ends_like_its_simulation(federation: Federation, tmp_path: Path) 
     assert summary["digest"] == federation.simulated["digest"]
 
 
-def test_a_run_that_fails_is_told_as_such(federation: Federation) -> None:
-    done = federation.loopback.run(federation.preset("failing", data="/nowhere.jsonl", holdout_category=""))
-    assert done.returncode == 1
-    assert "finished:failed" in done.stdout
-
-
 def supernode_of(folder: Path) -> int:
     """The process id of the node's SuperNode."""
     found = [number for number in living(folder) if b"flower-supernode" in Path(f"/proc/{number}/cmdline").read_bytes()]
