@@ -93,7 +93,7 @@ def test_clocks_that_differ_are_found_before_signatures_are_refused(network: Cal
 
 def test_an_exposed_control_api_is_the_loudest(network: Callable[..., dict[str, str]]) -> None:
     found = network(answer=lambda method, path: 401 if "fleet" in path else 200 if path == "/health" else 415)
-    assert "POST /v1/control/start-run (415)" in found["control API"]
+    assert "POST /v1/control/list-nodes (415)" in found["control API"]
     assert "GET /health (200)" in found["control API"]
     assert "Stop it now" in found["control API"]
 

@@ -18,12 +18,17 @@ from fedtune.deploy.check.findings import Finding, good, warn, wrong
 
 SECONDS = 5.0  # to wait for an answer
 AHEAD, BEHIND = 5.0, 300.0  # seconds; Flower refuses signatures from further in the future or the past
-ALIVE = (400, 401, 415, 422)  # what the SuperLink says to an empty call that is not signed
+UNSIGNED = 401  # what the SuperLink says to an empty call that is not signed
 GONE = (502, 503, 504)  # what the proxy says without a SuperLink
 CLOSED = (403, 404, 405)
-FLEET = "/v1/fleet/activate-node"
-FORBIDDEN = (("POST", "/v1/control/list-runs"), ("POST", "/v1/control/start-run"), ("GET", "/health"), ("GET", "/openapi.json"))
-"""All of these a SuperLink answers; through the proxy nobody may reach it."""
+FLEET = "/v1/fleet/pull-messages"
+FORBIDDEN = (
+    ("POST", "/v1/control/list-runs"),
+    ("POST", "/v1/control/list-nodes"),
+    ("GET", "/health"),
+    ("GET", "/openapi.json"),
+)
+"""All of these a SuperLink answers, and none of them changes anything; through the proxy nobody may reach it."""
 
 _EXPIRED, _NOT_YET, _WRONG_NAME, _WRONG_ADDRESS = 10, 9, 62, 64  # OpenSSL's X509_V_ERR numbers
 
@@ -160,7 +165,7 @@ def clock(place: Place) -> Iterator[Finding]:
 def fleet(place: Place) -> Finding:
     """Whether the SuperLink answers behind the proxy and wants a signature."""
     status, _ = _ask(place, "POST", FLEET)
-    if status in ALIVE:
+    if status == UNSIGNED:
         return good("fleet API", f"The SuperLink answers at {place.spelled} and refuses a call without signature.")
     if status in GONE:
         return wrong(
