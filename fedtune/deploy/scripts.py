@@ -35,25 +35,39 @@ here=$(cd "$(dirname "$0")" && pwd)
 SUPERVISE = script(
     "supervise.sh PROGRAM...: run it, and start it again RESTART_SECONDS after it ended, until this script is told to stop.",
     """\
+# In a group of its own, so that what it leaves behind when it is killed (workers of nginx on the port, processes that hold
+# the GPU) is ended before its next start.
+group=$(command -v setsid || true)
 child=
+end_rest() {
+    [ -n "$group" ] || return 0
+    kill -s TERM -- "-$child" 2>/dev/null || return 0
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        sleep 0.5
+        kill -s 0 -- "-$child" 2>/dev/null || return 0
+    done
+    kill -s KILL -- "-$child" 2>/dev/null || true
+}
 stop() {
     trap '' TERM INT
     if [ -n "$child" ]; then
-        kill -TERM "$child" 2>/dev/null || true
+        kill -s TERM "$child" 2>/dev/null || true
         wait "$child" || true
+        end_rest
     fi
     exit 0
 }
 trap stop TERM INT
 while :; do
-    "$@" &
+    ${group:+"$group"} "$@" &
     child=$!
     code=0
     wait "$child" || code=$?
+    end_rest
     echo "$(date '+%Y-%m-%d %H:%M:%S') $(basename "$1") ended with exit code $code; next start in $RESTART_SECONDS s" >&2
+    child=
     sleep "$RESTART_SECONDS" &
-    child=$!
-    wait "$child" || true
+    wait $! || true
 done
 """,
 )

@@ -13,7 +13,6 @@ from loopback import Loopback, wait_until
 
 from fedtune.cli import main
 from fedtune.config import RunConfig
-from fedtune.deploy.check.network import Place
 from simulations.engines.in_process import run_in_process
 
 
@@ -38,8 +37,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     try:
         give_files(loopback, folder)
         loopback.start(loopback.server)
-        place = Place("127.0.0.1", loopback.public, "127.0.0.1", loopback.server / "ca.pem")
-        assert wait_until(lambda: answers(place)), loopback.says(loopback.server)
+        assert wait_until(lambda: answers(loopback.place)), loopback.says(loopback.server)
         registered = loopback.call("register.sh")
         assert registered.returncode == 0, registered.stderr
         for name in NODES:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from fedtune.cli import main
+from fedtune.deploy.check.network import Place
 from simulations.engines.processes import end_all, living
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,11 @@ class Loopback:
 
     def node(self, name: str) -> Path:
         return self.folder / "nodes" / name
+
+    @property
+    def place(self) -> Place:
+        """The public port, as a node sees it."""
+        return Place("127.0.0.1", self.public, "127.0.0.1", self.server / "ca.pem")
 
     def start(self, machine: Path) -> None:
         """Run start.sh of a machine's folder; what it prints is in output.log there."""

@@ -8,13 +8,15 @@ import os
 import shutil
 import signal
 import ssl
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from federations import Federation
+from federations import NODES, Federation
 from loopback import RUN_SECONDS, Loopback, alone, change, fedtune, free_ports, programs, wait_until
 
+from fedtune.deploy.check.network import server_from_here
 from simulations.engines.processes import living
 
 pytestmark = pytest.mark.deployment
@@ -95,11 +97,27 @@ def test_a_run_ends_like_its_simulation(federation: Federation, tmp_path: Path) 
     assert summary["digest"] == federation.simulated["digest"]
 
 
-def supernode_of(folder: Path) -> int:
-    """The process id of the node's SuperNode."""
-    found = [number for number in living(folder) if b"flower-supernode" in Path(f"/proc/{number}/cmdline").read_bytes()]
+def process_of(folder: Path, program: bytes) -> int:
+    """The id of the one process that `folder` started with `program` in its command line."""
+    found = [number for number in living(folder) if program in Path(f"/proc/{number}/cmdline").read_bytes()]
     assert len(found) == 1, found
     return found[0]
+
+
+@pytest.mark.faults
+def test_a_killed_proxy_comes_back(federation: Federation) -> None:
+    """While it is away, SuperNodes try again; none of them ends."""
+    loopback = federation.loopback
+    before = [process_of(loopback.node(name), b"flower-supernode") for name in NODES]
+    killed = process_of(loopback.server, b"nginx: master")
+    os.kill(killed, signal.SIGKILL)
+    assert wait_until(lambda: "proxy.sh ended with exit code 137" in loopback.says(loopback.server))
+    assert wait_until(lambda: all(finding.state == "ok" for finding in server_from_here(loopback.place)))
+    assert process_of(loopback.server, b"nginx: master") != killed
+    time.sleep(4)  # a SuperNode asks every 3 s
+    assert [process_of(loopback.node(name), b"flower-supernode") for name in NODES] == before
+    listed = json.loads(loopback.call("flwr.sh", "supernode", "list", "deployment", "--format", "json").stdout)
+    assert sum(node["status"] == "online" for node in listed["nodes"]) == len(NODES)
 
 
 @pytest.mark.faults
@@ -108,7 +126,7 @@ def test_a_killed_supernode_comes_back_and_the_run_ends(federation: Federation) 
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(loopback.run, federation.preset("killed", rounds=8))
         assert wait_until(lambda: len(federation.rows("killed")) > 1, RUN_SECONDS), "round 1 did not end"
-        killed = supernode_of(node)
+        killed = process_of(node, b"flower-supernode")
         os.kill(killed, signal.SIGKILL)
         done = running.result()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -116,5 +134,5 @@ def test_a_killed_supernode_comes_back_and_the_run_ends(federation: Federation) 
     assert len(rows) == 1 + 8
     assert rows[-1]["refused"] == {}
     assert rows[-1]["clients"] == ["0", "1"]
-    assert supernode_of(node) != killed
+    assert process_of(node, b"flower-supernode") != killed
     assert "supernode.sh ended with exit code 137; next start in 15 s" in loopback.says(node)
