@@ -19,8 +19,8 @@ from simulations.engines.processes import end_all, living
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 180.0  # until a process answers on a busy machine; 5 to 10 on an idle one
-RUN_SECONDS = 900.0
-STOP_SECONDS = 40.0
+RUN_SECONDS = 1800.0
+STOP_SECONDS = 90.0
 
 
 class Loopback:
