@@ -21,6 +21,7 @@ FedtuneError                     anything below; the command line prints it as o
     WorkerStartError             it did not start, or died again after a restart; carries its last lines
     WorkerAccessError            its folder, socket or token is not of this user alone
     WorkerVersionError           it runs other sources, or owns another device
+  DeployError                    the files of a deployment cannot be written or used
   RunError                       the run as a whole
     RunFolderError               the run folder exists, is missing or is not a run folder
       ControlError               a command to a run that does not exist, or that the run cannot follow
@@ -125,6 +126,10 @@ class WorkerAccessError(WorkerError):
 
 class WorkerVersionError(WorkerError):
     """The worker runs other sources of fedtune, or owns another device."""
+
+
+class DeployError(FedtuneError):
+    """The files of a deployment cannot be written or used."""
 
 
 class RunError(FedtuneError):

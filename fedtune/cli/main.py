@@ -22,6 +22,7 @@ from fedtune.cli.apply import apply
 from fedtune.cli.data import data_app
 from fedtune.cli.delta import delta_app
 from fedtune.cli.demo import demo
+from fedtune.cli.deploy import deploy_app
 from fedtune.cli.estimate import estimate
 from fedtune.cli.export import export
 from fedtune.cli.ledger import ledger_app
@@ -73,6 +74,7 @@ for operation in (status, pause, unpause, stop, drop, evaluate):
     app.command(operation.__name__)(operation)
 app.command("settings")(settings)
 app.command("worker")(worker)
+app.add_typer(deploy_app, name="deploy")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
