@@ -14,7 +14,7 @@ _SUPERNODE = script(
 cd "$here/work"
 exec flower-supernode --superlink "$SERVER" --root-certificates "$here/ca.pem" \\
     --auth-supernode-private-key "$here/node.key" --host 127.0.0.1 --port "$RUNTIME_PORT" \\
-    --node-config "client-id=\\"$CLIENT_ID\\" model=\\"$MODEL\\" data=\\"$DATA\\" device=\\"$DEVICE\\""
+    --node-config "client-id=\\"$CLIENT_ID\\" model=\\"$MODEL\\" data=\\"$DATA\\" device=\\"$DEVICE\\" worker=\\"${WORKER:-auto}\\""
 """,
 )
 
@@ -26,6 +26,10 @@ exec "$here/supervise.sh" "$here/supernode.sh"
 """,
 )
 
+_WORKERS = """\
+export FEDTUNE_WORKERS="$here/workers"  # where this node's worker is found; supervise.sh ends it
+"""
+
 
 def scripts_of_node() -> Mapping[str, str]:
     """Name -> text of the executable files."""
@@ -36,7 +40,7 @@ def texts_of_node(plan: Plan, name: str) -> Mapping[str, str]:
     """Name -> text of the other files."""
     return {
         settings.NODE_ENV: node_env(plan, name),
-        "environment.sh": scripts.environment(settings.NODE_ENV),
+        "environment.sh": scripts.environment(settings.NODE_ENV) + _WORKERS,
         "fedtune-supernode.service": services.supernode_unit(name),
     }
 
@@ -49,6 +53,7 @@ def node_env(plan: Plan, name: str) -> str:
             ("MODEL", "", "TO FILL IN: absolute path of the base model's folder on this machine."),
             ("DATA", "", "TO FILL IN: absolute path of this node's own .jsonl, .json or .parquet file. It stays here."),
             ("DEVICE", "auto", "auto, cpu, cuda, cuda:N or mps."),
+            ("WORKER", "auto", "auto: a process keeps the model loaded between messages; off: each message loads it."),
             ("BIN", "", "Folder of fedtune's and Flower's programs (a virtual environment's bin); empty: those on the PATH."),
             ("CLIENT_ID", name, "The client's name in the server's records; keep it across restarts."),
             ("SERVER", plan.server_address, "host:port of the server's proxy."),

@@ -55,6 +55,9 @@ stop() {
         wait "$child" || true
         end_rest
     fi
+    if [ -n "${FEDTUNE_WORKERS:-}" ]; then  # a node's worker is in no group of this script
+        fedtune worker --stop >/dev/null 2>&1 || true
+    fi
     exit 0
 }
 trap stop TERM INT

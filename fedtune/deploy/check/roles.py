@@ -139,7 +139,7 @@ def check_node(folder: Path) -> Iterator[Finding]:
 
 def _spelling(values: Mapping[str, str]) -> Iterator[Finding]:
     """Values that Flower's --node-config cannot carry."""
-    for name in ("CLIENT_ID", "MODEL", "DATA", "DEVICE"):
+    for name in ("CLIENT_ID", "MODEL", "DATA", "DEVICE", "WORKER"):
         value = values.get(name, "")
         if any(mark in value for mark in "\"'\\"):
             yield wrong(
