@@ -14,7 +14,8 @@ _SUPERNODE = script(
 cd "$here/work"
 exec flower-supernode --superlink "$SERVER" --root-certificates "$here/ca.pem" \\
     --auth-supernode-private-key "$here/node.key" --host 127.0.0.1 --port "$RUNTIME_PORT" \\
-    --node-config "client-id=\\"$CLIENT_ID\\" model=\\"$MODEL\\" data=\\"$DATA\\" device=\\"$DEVICE\\" worker=\\"${WORKER:-auto}\\""
+    --node-config \\
+    "client-id=\\"$CLIENT_ID\\" model=\\"$MODEL\\" data=\\"$DATA\\" device=\\"$DEVICE\\" worker=\\"${WORKER:-auto}\\""
 """,
 )
 
