@@ -9,6 +9,7 @@ can name it; anything else is a crash of the ClientApp and reaches the server as
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -54,8 +55,9 @@ def train(message: Message, context: Context) -> Message:
     """Do the local steps of one round."""
     kept = context.state.config_records.get(RECORD, ConfigRecord({"pools": []}))
     try:
-        payload = _payload(message)
-        update, pools = trainer(message, context).train(identity(context), payload, _list_of_bytes(kept["pools"]))
+        payload, seconds = _payload(message), _seconds(message)
+        held = _list_of_bytes(kept["pools"])
+        update, pools = trainer(message, context).train(identity(context), payload, held, seconds)
     except Interrupted:
         raise
     except FedtuneError as error:
@@ -133,6 +135,12 @@ def _payload(message: Message) -> bytes:
     if not isinstance(payload, bytes):
         raise TypeError(f"payload is {type(payload).__name__}, not bytes")
     return payload
+
+
+def _seconds(message: Message) -> float:
+    """What the server gives the local steps, from now on."""
+    seconds = message.content.config_records[RECORD].get("seconds", math.inf)
+    return float(seconds) if isinstance(seconds, int | float) else math.inf
 
 
 def _list_of_bytes(value: object) -> list[bytes]:

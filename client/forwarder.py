@@ -6,7 +6,9 @@ is the same. The step that the worker is in when the deadline passes is its last
 
 from __future__ import annotations
 
+import math
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -48,12 +50,18 @@ class Forwarder:
         """As `Worker.introduce`. Raises its errors, and those of `connected`."""
         return self._with_worker(lambda worker: self._introduce(worker, identity))
 
-    def train(self, identity: Identity, message: bytes, held: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
-        """As `Worker.train`, with the worker's steps emitted here. Raises its errors, and those of `connected`."""
+    def train(
+        self, identity: Identity, message: bytes, held: Sequence[bytes], seconds: float = math.inf
+    ) -> tuple[bytes, list[bytes]]:
+        """As `Worker.train`, with the worker's steps emitted here. Raises its errors, and those of `connected`.
+
+        `seconds` end before the deadline of the message does, so that the steps done become an update and not an error.
+        """
+        end = time.monotonic() + seconds
         size = len(message) + sum(map(len, held))
         if size > LARGEST_MESSAGE:
             raise WorkerError(f"A message of {size:,} bytes is too long for the worker, which takes {LARGEST_MESSAGE:,}.")
-        return self._with_worker(lambda worker: self._train(worker, identity, message, held))
+        return self._with_worker(lambda worker: self._train(worker, identity, message, held, end))
 
     # ------------------------------------------------------------------ the calls
 
@@ -72,7 +80,9 @@ class Forwarder:
         found = said.introduction
         return Introduction(who.client, found.examples, found.fingerprint, found.layout, found.selftest)
 
-    def _train(self, worker: Connection, who: Identity, message: bytes, held: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
+    def _train(
+        self, worker: Connection, who: Identity, message: bytes, held: Sequence[bytes], end: float
+    ) -> tuple[bytes, list[bytes]]:
         request = pb.TrainRequest(
             request=secrets.token_hex(8),
             version=code_version(),
@@ -82,6 +92,7 @@ class Forwarder:
             client=_client(who),
             instruction=message,
             held=held,
+            seconds=end - time.monotonic(),
         )
         call = worker.calls.Train(request, timeout=self.deadline.left(), metadata=worker.metadata)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,5 +34,7 @@ class Trainer(Protocol):
     def introduce(self, identity: Identity) -> Introduction:
         """Load model and data of `identity`, and say what it has."""
 
-    def train(self, identity: Identity, message: bytes, held: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
-        """One round: the encoded update, and the encoded pools to keep for the next."""
+    def train(
+        self, identity: Identity, message: bytes, held: Sequence[bytes], seconds: float = math.inf
+    ) -> tuple[bytes, list[bytes]]:
+        """One round: the encoded update, and the encoded pools to keep for the next. No step is begun after `seconds`."""

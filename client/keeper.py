@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,20 +55,23 @@ class Keeper:
         return worker(config).introduce(identity)
 
     def train(
-        self, config: RunConfig, run: str, identity: Identity, message: bytes, held: Sequence[bytes]
+        self, config: RunConfig, run: str, identity: Identity, message: bytes, held: Sequence[bytes], end: float
     ) -> tuple[bytes, list[bytes]]:
-        """As `Worker.train`; if the client has lost its pools, with those that the worker kept for it."""
+        """As `Worker.train`; if the client has lost its pools, with those that the worker kept for it.
+
+        After `end`, a moment of `time.monotonic`, no further local step is begun: time in the queue and for loading counts.
+        """
         self._load(config)
         from client.worker import worker
 
         try:
-            update, keep = worker(config).train(identity, message, held)
+            update, keep = worker(config).train(identity, message, held, end - time.monotonic())
         except StaleReplicaError:
             kept = self._pools.of(run, identity.client)
             if len(kept) <= len(held):
                 raise
             try:
-                update, keep = worker(config).train(identity, message, kept)
+                update, keep = worker(config).train(identity, message, kept, end - time.monotonic())
             except WireError:
                 self._pools.drop(run, identity.client)
                 raise StaleReplicaError("The pools that the worker kept lead to another state; they were dropped.") from None

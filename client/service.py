@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hmac
 import logging
+import math
 import os
 import secrets
 import signal
@@ -91,10 +92,11 @@ class Servicer(rpc.WorkerServicer):
         try:
             config, who = self._read(request)
             held = list(request.held)
+            end = time.monotonic() + (request.seconds if request.HasField("seconds") else math.inf)
             label = f"training of client {who.client!r} in run {request.run!r}"
 
             def work() -> tuple[bytes, list[bytes]]:
-                return self._keeper.train(config, request.run, who, request.instruction, held)
+                return self._keeper.train(config, request.run, who, request.instruction, held, end)
 
             ticket = self._submit(request.request, label, context, work)
             yield from filter(None, map(_told, ticket.events()))

@@ -6,7 +6,10 @@ process of `service.py`, which offers the same two calls. One worker serves any 
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from client.files import source_digest
@@ -40,13 +43,16 @@ class Worker:
         test = encode(self_test(self._pool(0), str(self._resident.language_model.device)))
         return Introduction(identity.client, examples, replica.fingerprint, replica.layout.digest, test)
 
-    def train(self, identity: Identity, message: bytes, held: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
+    def train(
+        self, identity: Identity, message: bytes, held: Sequence[bytes], seconds: float = math.inf
+    ) -> tuple[bytes, list[bytes]]:
         """One round: rebuild the model of the instruction, run the local steps, encode the update.
 
         Args:
             identity: the client.
             message: the encoded instruction.
             held: encoded pools that this client kept from the round that it answered last; the last of them was open.
+            seconds: from now on, after which no further local step is begun.
 
         Returns:
             The encoded update, and the pools to keep for the next round.
@@ -55,6 +61,7 @@ class Worker:
             StaleReplicaError: the message builds upon pools that the client does not hold, or holds otherwise.
             WireError: the message is damaged or for another model; nothing was changed.
         """
+        deadline = time.monotonic() + seconds
         here, config = self._resident, self.config
         replica, algorithm = here.replica, here.algorithm
         blocks, bits = replica.layout.blocks, config.coefficient_bits
@@ -74,7 +81,7 @@ class Worker:
             raise
         replica.touch()
         work = here.work(identity.client, self._samples(identity), instruction.round, instruction.pools[-1].pool)
-        update = algorithm.local_update(work, config, instruction)
+        update = algorithm.local_update(replace(work, deadline=deadline), config, instruction)
         keep = [*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in instruction.pools)]
         return wire.encode_update(update, config.scalar_bits), keep
 

@@ -99,7 +99,7 @@ class IntroduceReply(_message.Message):
     def __init__(self, introduction: _Optional[_Union[Introduction, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("request", "version", "run", "settings", "settings_digest", "client", "instruction", "held")
+    __slots__ = ("request", "version", "run", "settings", "settings_digest", "client", "instruction", "held", "seconds")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class TrainRequest(_message.Message):
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
     request: str
     version: str
     run: str
@@ -116,7 +117,8 @@ class TrainRequest(_message.Message):
     client: Client
     instruction: bytes
     held: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, request: _Optional[str] = ..., version: _Optional[str] = ..., run: _Optional[str] = ..., settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., settings_digest: _Optional[bytes] = ..., client: _Optional[_Union[Client, _Mapping]] = ..., instruction: _Optional[bytes] = ..., held: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    seconds: float
+    def __init__(self, request: _Optional[str] = ..., version: _Optional[str] = ..., run: _Optional[str] = ..., settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., settings_digest: _Optional[bytes] = ..., client: _Optional[_Union[Client, _Mapping]] = ..., instruction: _Optional[bytes] = ..., held: _Optional[_Iterable[bytes]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class TrainEvent(_message.Message):
     __slots__ = ("note", "step", "update", "problem")

@@ -9,6 +9,7 @@ Unset is "" for text and 0 for numbers, since Flower's run config has no null.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -193,7 +194,20 @@ class RunConfig(BaseModel):
     max_new_tokens: int = Field(128, ge=1, description="longest generated response")
     # ------------------------------------------------------------------ the run
     out: str = Field("", description="run folder; '': runs/<preset>-<date>-<time>")
-    round_timeout: float = Field(3600.0, gt=0, description="seconds a client has for one round")
+    resume: str = Field("", description="run folder of a run to carry on, with the settings that it had (docs/ledger.md)")
+    over_selection: float = Field(
+        0.0, ge=0, le=100, description="share of further clients asked each round, against failures; all that answer are used"
+    )
+    min_replies: int = Field(
+        0, ge=0, description="fewest usable updates of a round; with fewer it changes nothing (see short_round); 0: one"
+    )
+    short_round: Literal["skip", "repeat"] = Field(
+        "skip",
+        description="a round with fewer than min_replies usable updates: go on to the next one, or ask again, other clients",
+    )
+    round_timeout: float = Field(
+        3600.0, gt=0, description="seconds a client has for one round; it stops a little before and returns the steps done"
+    )
     wait_timeout: float = Field(600.0, gt=0, description="seconds to wait for enough clients to connect")
 
     # ------------------------------------------------------------------ construction
@@ -240,6 +254,13 @@ class RunConfig(BaseModel):
                 "lower clients_per_round or raise clients.",
                 clients_per_round=self.clients_per_round,
                 clients=self.clients,
+            )
+        if self.min_replies > self.invited_per_round:
+            raise ContradictionError(
+                f"min_replies = {self.min_replies} but a round asks {self.invited_per_round} clients: "
+                "lower min_replies, or raise clients_per_round or over_selection.",
+                min_replies=self.min_replies,
+                invited=self.invited_per_round,
             )
         if self.holdout_category and self.holdout_file:
             raise ContradictionError("holdout_category and holdout_file exclude each other: keep one of them.")
@@ -313,9 +334,14 @@ class RunConfig(BaseModel):
         return self.clients_per_round or max(1, int(self.client_fraction * self.clients))
 
     @property
-    def pool_refresh(self) -> bool:
-        """Whether the run draws more than one pool."""
-        return self.pool_every > 0
+    def invited_per_round(self) -> int:
+        """Clients asked in each round with `over_selection`: ceil(asked_per_round * (1 + over_selection)), at most all."""
+        return min(self.clients, math.ceil(round(self.asked_per_round * (1.0 + self.over_selection), 9)))
+
+    @property
+    def needed_replies(self) -> int:
+        """Usable updates without which a round changes nothing: `min_replies`, at least 1."""
+        return max(1, self.min_replies)
 
     def as_mapping(self) -> dict[str, Scalar]:
         """All settings as a flat mapping of scalars, in the order of declaration."""
@@ -329,7 +355,7 @@ class RunConfig(BaseModel):
         """A copy whose local paths are absolute, with environment variables expanded, for processes that start elsewhere."""
         base = root or Path.cwd()
         changes: dict[str, Scalar] = {}
-        for key in ("model", "data", "holdout_file", "out"):
+        for key in ("model", "data", "holdout_file", "out", "resume"):
             value = expand(getattr(self, key))
             prefix, path = split_source(value) if key in ("data", "holdout_file") else ("", value)
             path = expand(path)  # a ~ behind the prefix

@@ -21,9 +21,16 @@ FedtuneError                     anything below; the command line prints it as o
     WorkerStartError             it did not start, or died again after a restart; carries its last lines
     WorkerAccessError            its folder, socket or token is not of this user alone
     WorkerVersionError           it runs other sources, or owns another device
+  DeployError                    the files of a deployment cannot be written or used
   RunError                       the run as a whole
     RunFolderError               the run folder exists, is missing or is not a run folder
-    DivergedError                no client produced a finite update for several rounds
+      ControlError               a command to a run that does not exist, or that the run cannot follow
+    LedgerError                  the ledger of a run cannot be used
+      DamagedLedgerError         what it holds is not what was written; names the first bad row
+      ForeignLedgerError         not a ledger, one of a newer format, or of another model, data or settings
+      LockedLedgerError          another process writes it
+      FullLedgerError            no room on the disk for the next row; what is committed stays
+    DivergedError                too few clients returned a usable update for several rounds
     EngineError                  a Flower process failed; carries its last lines
     Interrupted                  stopped by the user after a step in hand; what is stored stays valid
 
@@ -121,6 +128,10 @@ class WorkerVersionError(WorkerError):
     """The worker runs other sources of fedtune, or owns another device."""
 
 
+class DeployError(FedtuneError):
+    """The files of a deployment cannot be written or used."""
+
+
 class RunError(FedtuneError):
     """The run as a whole."""
 
@@ -129,8 +140,32 @@ class RunFolderError(RunError):
     """The run folder exists, is missing or is not a run folder."""
 
 
+class ControlError(RunFolderError):
+    """A command to a run that does not exist, or that the run cannot follow."""
+
+
+class LedgerError(RunError):
+    """The ledger of a run cannot be used."""
+
+
+class DamagedLedgerError(LedgerError):
+    """What the ledger holds is not what was written; `facts["row"]` names the first bad row."""
+
+
+class ForeignLedgerError(LedgerError):
+    """Not a ledger, one of a newer format, or one of another model, data or settings."""
+
+
+class LockedLedgerError(LedgerError):
+    """Another process writes the ledger."""
+
+
+class FullLedgerError(LedgerError):
+    """No room on the disk for the next row; what is committed stays and the run can be resumed."""
+
+
 class DivergedError(RunError):
-    """No client produced a finite update for several rounds."""
+    """Too few clients returned a usable update, several rounds in a row."""
 
 
 class EngineError(RunError):

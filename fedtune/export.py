@@ -26,7 +26,7 @@ from fedtune.resident import Resident
 from fedtune.run_folder import COEFFICIENTS, RunFolder, check_new
 from fedtune.wire import Instruction
 
-FINAL, BEST = COEFFICIENTS, "best_coefficients.bin"
+FINAL = COEFFICIENTS
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def export_delta(run: RunFolder, out: Path, name: str = FINAL, model: str = "") 
 
 
 def _config(run: RunFolder, model: str) -> RunConfig:
-    config = run.config().replace(device="cpu")
+    config = run.config().replace(device="cpu", device_map="none", offload=False)
     return config.replace(model=model) if model else config
 
 

@@ -87,14 +87,14 @@ def needs(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbatio
     """The needs of a run of `config` with `model`, whose largest training batch is `longest`."""
     algorithm = ALGORITHMS[config.algorithm]
     state = algorithm.start(config, layout)
-    client_rounds = config.rounds * config.asked_per_round
+    client_rounds = config.rounds * config.invited_per_round
     return Needs(
         parameters=layout.numel,
         memory=_memory(config, model, layout, perturbation, longest),
         up=_up(config, algorithm, layout),
         down=_down(config, algorithm, layout, state),
         client_rounds=client_rounds,
-        pools_down=config.asked_per_round * sum(1 + pool_number(config, round) for round in range(1, config.rounds + 1)),
+        pools_down=config.invited_per_round * sum(1 + pool_number(config, round) for round in range(1, config.rounds + 1)),
         fedavg=2 * FLOAT32 * layout.numel * client_rounds,
     )
 

@@ -7,6 +7,7 @@
     summary.json       the end of the run: before and after, bytes, digest
     coefficients.bin   the tuned model as coefficients over the base model; best_coefficients.bin: of the lowest loss
     error.json         why a run failed
+    ledger.sqlite      the truth about the run (fedtune/ledger.py); a resume makes the files above from it again
 
 Whole files appear atomically (temporary file, fsync, rename). metrics.jsonl grows by one flushed line at a time; a last
 line that a crash tore is ignored when read and cut off by the next append.
@@ -19,7 +20,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,6 +38,7 @@ PARTITION = "partition.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 COEFFICIENTS = "coefficients.bin"
+BEST = "best_coefficients.bin"
 
 _LIBRARIES = ("fedtune", "torch", "transformers", "tokenizers", "flwr", "numpy", "numba", "safetensors")
 
@@ -48,7 +51,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, asked: Mapping[str, Any], config: RunConfig) -> Self:
-        """Make the folder (parents too) with config.json and versions.json.
+        """Make the folder (parents too) with config.json and versions.json; it appears whole or not at all.
 
         Raises:
             RunFolderError: the folder exists already, or cannot be made.
@@ -57,14 +60,19 @@ class RunFolder:
         check_new(folder)
         with _explained(folder, "made"):
             folder.parent.mkdir(parents=True, exist_ok=True)
+            new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
             try:
-                folder.mkdir()
-            except FileExistsError:
-                raise _exists(folder) from None
-        run = cls(folder)
-        run.write_json(VERSIONS, versions())
-        run.write_json(CONFIG, {"asked": dict(asked), "used": config.as_mapping()})
-        return run
+                run = cls(new)
+                run.write_json(VERSIONS, versions())
+                run.write_json(CONFIG, {"asked": dict(asked), "used": config.as_mapping()})
+                check_new(folder)
+                new.rename(folder)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+            _sync_folder(folder.parent)
+        return cls(folder)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -111,6 +119,22 @@ class RunFolder:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write metrics.jsonl anew, atomically."""
+        self.write_bytes(METRICS, b"".join(_encode(METRICS, row, null_for_nan=True, indent=None) for row in rows))
+
+    def discard(self, name: str) -> None:
+        """Remove the file `name` if it is there."""
+        target = self._file(name)
+        with _explained(target, "removed"):
+            target.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove temporary files that a killed process left."""
+        for leftover in self.path.glob(".*.tmp"):
+            with _explained(leftover, "removed"):
+                leftover.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ reading
 

@@ -6,10 +6,10 @@ nobody in the process listens (a deployment, `flwr run`), the run is told line b
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -18,8 +18,11 @@ from fedtune import progress
 from fedtune.cli.lines import LineLog
 from fedtune.cli.view import RunView
 from fedtune.config import RunConfig
-from fedtune.resident import resident
-from fedtune.run_folder import RunFolder, check_new, dated
+from fedtune.control import Doing
+from fedtune.errors import FedtuneError, Interrupted
+from fedtune.redact import redact
+from server.log import logging_to
+from server.opening import open_run
 from server.rounds import Run
 
 app = ServerApp()
@@ -27,19 +30,22 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run a federation to its end."""
-    asked = RunConfig.from_mapping(dict(context.run_config))
-    out = asked.out or dated(asked.algorithm)
-    config = asked.replace(out=str(Path(out).resolve()))
-    check_new(config.out)
-    resident(config).load()  # a run that cannot start leaves no folder behind
-    folder = RunFolder.create(config.out, asked.as_mapping(), config)
-    try:
-        with _told():
-            Run(grid, config, folder).execute()
-    except Exception as error:
-        folder.write_json("error.json", {"type": type(error).__name__, "message": str(error)})
-        raise
+    """Run a federation to its end, from the beginning or from where it was (run config key `resume`)."""
+    opened = open_run(RunConfig.from_mapping(dict(context.run_config)))
+    with opened.ledger, _told(), logging_to(opened.folder.path):
+        run = Run(grid, opened)
+        try:
+            run.execute()
+        except Exception as error:
+            _write_error(run, error)
+            raise
+
+
+def _write_error(run: Run, error: Exception) -> None:
+    """Write error.json and the status; a disk that is full, say, does not hide the error itself."""
+    with contextlib.suppress(FedtuneError):
+        run.folder.write_json("error.json", {"type": type(error).__name__, "message": redact(str(error))})
+        run.operator.say(Doing.STOPPED if isinstance(error, Interrupted) else Doing.FAILED, redact(str(error)))
 
 
 @contextmanager

@@ -10,15 +10,17 @@ from fedtune.config import RunConfig
 from fedtune.seeds import Stream
 
 
-def sample_clients(config: RunConfig, round: int, examples: Mapping[str, int]) -> tuple[str, ...]:
-    """Ids of the clients of a round, sorted, `config.asked_per_round` of them without replacement.
+def sample_clients(config: RunConfig, round: int, examples: Mapping[str, int], attempt: int = 1) -> tuple[str, ...]:
+    """Ids of the clients of a round, sorted, `config.invited_per_round` of them without replacement.
 
     Args:
+        round: from 1; another `attempt` at it (from 1) draws afresh.
         examples: training samples of each known client; with sampling = "examples" a client's chance grows with them.
     """
     known = sorted(examples, key=natural_order)
-    size = min(config.asked_per_round, len(known))
-    stream = Stream(config.seed, "clients", round)
+    size = min(config.invited_per_round, len(known))
+    again = (attempt,) if attempt > 1 else ()
+    stream = Stream(config.seed, "clients", round, *again)
     if config.sampling == "examples":
         chosen = stream.weighted_subset(np.array([examples[client] for client in known], dtype=np.int64), size)
     else:

@@ -16,18 +16,20 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedtune import errors, wire
-from fedtune.algorithms import Algorithm, State
+from fedtune.algorithms import State
 from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, NonFiniteError, WireError
-from fedtune.layout import Layout
 from fedtune.progress import ClientFinished, Note, RoundStarted, emit
+from fedtune.redact import redact
+from fedtune.replay import Rules, read_update
 from fedtune.selftest import SelfTest, self_test
 from fedtune.wire import Instruction, Status, Update
 from server.admission import check_fit
 from server.sampling import natural_order, sample_clients
 
 RECORD = "fedtune"  # name of the one ConfigRecord in every message
+WAY_SHARE, LONGEST_WAY = 0.1, 30.0  # of round_timeout, in seconds: for the messages, the last step and the projection
 
 
 @dataclass
@@ -45,10 +47,19 @@ class Client:
 
 @dataclass
 class Tally:
-    """What happened in a round."""
+    """What happened in a round.
+
+    Attributes:
+        clients: those that were asked; `refused` has the reason for each whose update was not used.
+        updates, payloads: of the others, as read and as received.
+        short: too few updates were usable, so none was used.
+    """
 
     clients: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    updates: dict[str, Update] = field(default_factory=dict)
+    payloads: dict[str, bytes] = field(default_factory=dict)
+    short: bool = False
     bytes_up: int = 0
     bytes_down: int = 0
     messages_up: int = 0
@@ -60,19 +71,20 @@ class CoefficientStrategy(Strategy):
     """Federated training in which the state is a few thousand coefficients.
 
     Args:
-        config: of the run.
-        algorithm: its record of functions.
-        layout: of the base model's trainable parameters.
-        fingerprint: of the base model.
+        rules: settings, algorithm, layout and fingerprint of the base model.
+        state: to go on from.
+        dropped: ids of clients that take no part.
     """
 
-    def __init__(self, config: RunConfig, algorithm: Algorithm, layout: Layout, fingerprint: bytes) -> None:
-        self.config, self.algorithm, self.layout, self.fingerprint = config, algorithm, layout, fingerprint
-        self.state: State = algorithm.start(config, layout)
+    def __init__(self, rules: Rules, state: State, dropped: Iterable[str] = ()) -> None:
+        self.rules, self.config, self.algorithm = rules, rules.config, rules.algorithm
+        self.layout, self.fingerprint = rules.layout, rules.fingerprint
+        self.state = state
         self.clients: dict[str, Client] = {}
+        self.dropped = set(dropped)
         self.tally = Tally()
-        self._model = self.state.published(config.coefficient_bits)
-        self._digest = self._model.digest(fingerprint)
+        self._model = self.state.published(self.config.coefficient_bits)
+        self._digest = self._model.digest(self.fingerprint)
         self._asked: dict[str, str] = {}
 
     @cached_property
@@ -115,13 +127,14 @@ class CoefficientStrategy(Strategy):
             except FedtuneError as problem:
                 problems.append(problem)
                 emit(Note(f"A client was refused: {problem}", warning=True))
-        if len(self.clients) < self.config.asked_per_round:
+        needed = min(self.config.asked_per_round, self.config.clients - len(self.dropped))
+        if len(self.clients) < needed:
             raise (
                 problems[0]
                 if problems
                 else errors.RunError(
                     f"Only {len(self.clients)} of {len(node_of)} nodes introduced themselves; a round asks "
-                    f"{self.config.asked_per_round}. Start more nodes, or lower clients_per_round."
+                    f"{needed}. Start more nodes, or lower clients_per_round."
                 )
             )
 
@@ -130,6 +143,9 @@ class CoefficientStrategy(Strategy):
         if not isinstance(client, str) or not isinstance(examples, int) or examples < 1:
             raise WireError("A node introduced itself without a client id or without samples.")
         check_fit(client, record, self.fingerprint, self.layout.digest, self._tested)
+        if client in self.dropped:
+            emit(Note(f"Client {client} was dropped from the run and takes no part."))
+            return
         if client in self.clients and self.clients[client].node != node:
             raise WireError(f"Two nodes call themselves client {client}: give each its own client-id or partition-id.")
         self.clients[client] = Client(node, examples)
@@ -137,10 +153,11 @@ class CoefficientStrategy(Strategy):
     # ------------------------------------------------------------------ a round
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
-        """Open the round and write one instruction to each of its clients."""
-        self.state = self.algorithm.begin_round(self.state, self.config, self.layout)
+        """Open the round and write one instruction to each of its clients. `config` has the attempt, from 1."""
+        self.state = self.rules.begin_round(self.state)
         self._publish()
-        chosen = sample_clients(self.config, server_round, {name: c.examples for name, c in self.clients.items()})
+        examples = {name: client.examples for name, client in self.clients.items()}
+        chosen = sample_clients(self.config, server_round, examples, int(str(config.get("attempt", 1))))
         self.tally = Tally(clients=list(chosen))
         self._asked = {}
         emit(RoundStarted(server_round, chosen))
@@ -161,16 +178,16 @@ class CoefficientStrategy(Strategy):
             self._asked[node_to_client[message.metadata.dst_node_id]] = message.metadata.message_id
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Use every valid update, refuse the others by name, and move the state; an empty round leaves it as it is."""
+        """Use every valid update, refuse the others by name, and move the state; too few of them leave it as it is."""
         client_of = {message_id: client for client, message_id in self._asked.items()}
-        updates: dict[str, Update] = {}
+        tally = self.tally
         for reply in replies:
             client = client_of.pop(_answers(reply), None)
             if client is None:
                 emit(Note("A reply that nobody asked for was ignored.", warning=True))
                 continue
             try:
-                updates[client] = self._read(server_round, reply)
+                tally.updates[client], tally.payloads[client] = self._read(server_round, reply)
                 self.clients[client].pools_held = len(self._model.pools) - 1
                 self.clients[client].known = self._model.pools[-1]
                 self._finished(server_round, client, "")
@@ -180,8 +197,12 @@ class CoefficientStrategy(Strategy):
         for client in sorted(client_of.values(), key=natural_order):
             self.clients[client].known = None
             self._finished(server_round, client, f"no answer within {self.config.round_timeout:g} s")
-        if updates:
-            self._move(server_round, updates)
+        tally.short = len(tally.updates) < self.config.needed_replies
+        if tally.short:
+            needed = self.config.needed_replies
+            self._use_none(server_round, f"not used: {len(tally.updates)} usable updates came, a round needs {needed}")
+        else:
+            self._move(server_round, tally.updates)
         return None, MetricRecord({"clients": len(self.tally.clients) - len(self.tally.refused)})
 
     def _instruct(self, server_round: int, client: str) -> Message:
@@ -200,7 +221,7 @@ class CoefficientStrategy(Strategy):
         payload = wire.encode_instruction(instruction, self.config.coefficient_bits)
         self.tally.bytes_down += len(payload)
         self.tally.messages_down += 1
-        content = RecordDict({RECORD: ConfigRecord({"payload": payload})})
+        content = RecordDict({RECORD: ConfigRecord({"payload": payload, "seconds": working_seconds(self.config)})})
         return Message(
             content,
             dst_node_id=known.node,
@@ -209,38 +230,30 @@ class CoefficientStrategy(Strategy):
             group_id=str(server_round),
         )
 
-    def _read(self, server_round: int, reply: Message) -> Update:
+    def _read(self, server_round: int, reply: Message) -> tuple[Update, bytes]:
         payload = _content(reply).get("payload")
         if not isinstance(payload, bytes):
             raise errors.MalformedMessageError("The reply carries no payload of bytes.")
         self.tally.bytes_up += len(payload)
         self.tally.messages_up += 1
-        update = wire.decode_update(
-            payload,
-            kind=self.algorithm.kind,
-            round=server_round,
-            digest=self._digest,
-            max_steps=self.config.local_steps,
-            blocks=self.layout.blocks,
-            max_count=min(self.state.pool.size, 65535),
-            bits=self.config.scalar_bits,
-            per_step=self.config.directions_per_step,
-        )
+        update = read_update(self.rules, self.state, payload, round=server_round, digest=self._digest)
         if update.status == Status.NOT_FINITE:
             raise NonFiniteError(
                 f"the loss was not finite after {update.steps} of {self.config.local_steps} steps: "
                 "the update is not used (lower lr or eps)"
             )
-        return update
+        if not update.steps:
+            raise errors.MalformedMessageError("The update has no steps.")
+        return update, payload
 
     def _move(self, server_round: int, updates: dict[str, Update]) -> None:
         """Aggregate, and keep the result only if it can be published."""
-        moved = self.algorithm.aggregate(self.state, updates, self.config, self.layout)
+        moved = self.rules.aggregate(self.state, updates)
         try:
             quantise(moved.pool, moved.values, self.config.coefficient_bits)
         except NonFiniteError as problem:
-            for client in sorted(updates, key=natural_order):
-                self._finished(server_round, client, f"NonFiniteError: {problem}")
+            self.tally.short = True
+            self._use_none(server_round, f"NonFiniteError: {problem}")
             return
         self.state = moved
         examples = {client: updates[client].examples for client in sorted(updates)}
@@ -248,12 +261,19 @@ class CoefficientStrategy(Strategy):
         self.tally.train_loss = losses / sum(examples.values())
         self._publish()
 
+    def _use_none(self, server_round: int, problem: str) -> None:
+        """Leave the state as it is, and say of each update why it is not used."""
+        for client in sorted(self.tally.updates, key=natural_order):
+            self._finished(server_round, client, problem)
+        self.tally.updates, self.tally.payloads = {}, {}
+
     def _publish(self) -> None:
         self._model = self.state.published(self.config.coefficient_bits)
         self._digest = self._model.digest(self.fingerprint)
 
     def _finished(self, server_round: int, client: str, problem: str) -> None:
         if problem:
+            problem = redact(problem)
             self.tally.refused[client] = problem
         emit(ClientFinished(server_round, client, problem))
 
@@ -286,6 +306,11 @@ def _content(reply: Message) -> ConfigRecord:
         known = isinstance(kind, type) and issubclass(kind, FedtuneError)
         raise (kind if known else FedtuneError)(str(record.get("text", "")))
     return record
+
+
+def working_seconds(config: RunConfig) -> float:
+    """Seconds of a round that a client may work: the rest is for the way there and back."""
+    return config.round_timeout - min(LONGEST_WAY, config.round_timeout * WAY_SHARE)
 
 
 def is_behind(reply: Message) -> bool:

@@ -149,6 +149,7 @@ def functions_of(path: Path) -> set[str]:
         "tests/fidelity/test_defects_of_others.py",
         "tests/fidelity/test_paper_statements.py",
         "docs/claims.md",
+        "docs/ledger.md",
         "docs/methods.md",
         "docs/worker.md",
     ],
@@ -166,3 +167,10 @@ def test_every_test_named_here_exists(source: str) -> None:
         paths += [f"docs/{link}" for link in re.findall(r"\]\(([\w-]+\.md)\)", text)]
         assert paths
         assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_test_named_in_the_guide_to_deployments_exists() -> None:
+    """Its paths are not looked at: most are of a deployment's folder."""
+    named = named_tests((ROOT / "docs" / "deployment.md").read_text(encoding="utf-8"))
+    assert len(named) > 5
+    assert [name for name in named if name[1] not in functions_of(ROOT / name[0])] == []

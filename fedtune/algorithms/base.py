@@ -6,6 +6,8 @@ neither family nor device nor transport: directions are behind `fedtune.directio
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -66,6 +68,7 @@ class LocalWork:
             None: an algorithm that needs it copies the weights.
         losses: (model, batch, copies) -> the loss of each of so many copies of the batch, run as one batch, where the model
             may treat every copy differently; None: points are evaluated one by one.
+        deadline: moment of `time.monotonic` after which no further step is begun; the steps done are the update.
     """
 
     model: torch.nn.Module
@@ -78,11 +81,16 @@ class LocalWork:
     examples: int
     start: Callable[[int], torch.Tensor] | None = None
     losses: Callable[[torch.nn.Module, Batch, int], torch.Tensor] | None = None
+    deadline: float = math.inf
 
     @property
     def live(self) -> LiveWeights:
         """The weights as local steps write them."""
         return self.perturbation.live
+
+    def in_time(self, done: int) -> bool:
+        """Whether another step may be begun after `done` of them; the first always may."""
+        return not done or time.monotonic() < self.deadline
 
     def losses_at(self, batch: Batch, points: Sequence[tuple[int, float]]) -> list[float]:
         """The loss of `batch` at w + c z_k for every (k, c) in `points`, in as few passes over the model as pay off."""

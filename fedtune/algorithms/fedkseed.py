@@ -51,17 +51,21 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
 
     All P slopes of a step are measured at the same w, on the same batch. The g that is applied is the g that is sent
     (rounded to `scalar_bits`), so the server's replay follows the client's own path. The first step with a loss or slope
-    that is not finite ends the work, is not counted, and is reported.
+    that is not finite ends the work, is not counted, and is reported. So does the deadline, with the steps done as update.
     """
     seeds = drawn_seeds(config, instruction.round, work.client, work.directions.pool.size, instruction.draw_weights)
     rate = config.lr / config.directions_per_step
     scalars: list[np.float32] = []
     losses: list[float] = []
+    status = Status.FINISHED
     for step, ks in enumerate(seeds.reshape(config.local_steps, config.directions_per_step).tolist()):
         check_stop()
+        if not work.in_time(step):
+            break
         gradients, loss = two_point(work, ks, config.eps)
         rounded = round_scalars(np.array(gradients, dtype=np.float32), config.scalar_bits)
         if not (np.isfinite(rounded).all() and np.isfinite(loss)):
+            status = Status.NOT_FINITE
             break
         work.live.move(work.directions, [(k, -rate * gradient) for k, gradient in zip(ks, rounded.tolist(), strict=True)])
         scalars.extend(rounded)
@@ -71,7 +75,7 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
     return Update(
         round=instruction.round,
         digest=instruction.digest,
-        status=Status.FINISHED if len(losses) == config.local_steps else Status.NOT_FINITE,
+        status=status,
         steps=len(losses),
         examples=work.examples,
         train_loss=float(np.mean(losses)) if losses else 0.0,

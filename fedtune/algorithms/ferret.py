@@ -63,21 +63,25 @@ class Change(Sequence[torch.Tensor]):
 def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -> Update:
     """T steps of `config.optimizer` (the paper: stochastic gradient descent), then the coordinates of w_end - w_start.
 
-    A loss, gradient or weight that is not finite ends the work: the update is empty and says so.
+    A loss, gradient or weight that is not finite ends the work: the update is empty and says so. After the deadline no
+    further step is begun, and the update is that of the steps done.
     """
     start = work.start or [weight.detach().clone() for weight in work.weights].__getitem__
     losses: list[float] = []
+    loss: float | None = None
     with FirstOrder(work, config) as steps:
         for step in range(config.local_steps):
             check_stop()
+            if not work.in_time(step):
+                break
             loss = steps.take()
             if loss is None:
                 break
             losses.append(loss)
             emit(ClientStep(work.client, step + 1, config.local_steps, loss))
     del steps  # with the optimiser's state
-    finished = len(losses) == config.local_steps
-    found = project(work, Change(work.live, start), config, instruction) if finished else None
+    finite = loss is not None
+    found = project(work, Change(work.live, start), config, instruction) if finite else None
     counts, coordinates = found or _nothing(work, config)
     return Update(
         round=instruction.round,

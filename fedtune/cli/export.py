@@ -45,7 +45,8 @@ def export(
     console = Console(highlight=False)
     if form is Format.hf:
         console.print("rebuilding the model from base and coefficients", style="dim")
-    from fedtune.export import BEST, FINAL, export_delta, export_run
+    from fedtune.export import FINAL, export_delta, export_run
+    from fedtune.run_folder import BEST
 
     write = export_run if form is Format.hf else export_delta
     done = write(folder, Path(out), BEST if best else FINAL, model)

@@ -12,12 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.cli.delta import MOST_ROWS, in_rounds
+from fedtune.cli.ledger_rounds import show, verify
 from fedtune.cli.numbers import in_bytes
 
 if TYPE_CHECKING:
     from fedtune.comparison import Comparison, Difference
 
 ledger_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at what runs have written down.")
+ledger_app.command("show")(show)
+ledger_app.command("verify")(verify)
 
 PlaceArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder or a delta.", show_default=False)]
 

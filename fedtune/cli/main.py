@@ -22,9 +22,11 @@ from fedtune.cli.apply import apply
 from fedtune.cli.data import data_app
 from fedtune.cli.delta import delta_app
 from fedtune.cli.demo import demo
+from fedtune.cli.deploy import deploy_app
 from fedtune.cli.estimate import estimate
 from fedtune.cli.export import export
 from fedtune.cli.ledger import ledger_app
+from fedtune.cli.operate import drop, evaluate, pause, status, stop, unpause
 from fedtune.cli.presets import presets
 from fedtune.cli.settings import settings
 from fedtune.cli.simulate import simulate
@@ -68,8 +70,11 @@ app.command("export")(export)
 app.command("apply")(apply)
 app.add_typer(delta_app, name="delta")
 app.add_typer(ledger_app, name="ledger")
+for operation in (status, pause, unpause, stop, drop, evaluate):
+    app.command(operation.__name__)(operation)
 app.command("settings")(settings)
 app.command("worker")(worker)
+app.add_typer(deploy_app, name="deploy")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,16 +8,18 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, cast
 
+import click
 import typer
 from rich.console import Console
 
 from fedtune.cli import presets
-from fedtune.cli.presets import PresetArgument, SetOption
+from fedtune.cli.presets import SetOption
 from fedtune.cli.tables import Summary, result_table
 from fedtune.cli.watch import watching
 from fedtune.config import RunConfig
 from fedtune.errors import Interrupted
-from fedtune.run_folder import check_new, dated
+from fedtune.resume import held_against, stored_settings
+from fedtune.run_folder import RunFolder, check_new, dated
 
 
 class Engine(StrEnum):
@@ -32,11 +34,42 @@ OutOption = Annotated[
     typer.Option("--out", metavar="DIR", help="Run folder [dim](default: runs/PRESET-DATE-TIME)[/dim].", show_default=False),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as the last line of stdout; progress on stderr.")]
+ResumeOption = Annotated[
+    str,
+    typer.Option(
+        "--resume",
+        metavar="RUN",
+        help="Carry on the run in this folder, with its settings; no PRESET then.",
+        show_default=False,
+        is_eager=True,  # so that it is known when PRESET is checked
+    ),
+]
+
+
+def _preset_or_resume(context: typer.Context, preset: str) -> str:
+    """One of the two has to be there."""
+    resume = context.params.get("resume")
+    if not preset and not resume:
+        raise click.MissingParameter("Give a preset, or --resume RUN.", ctx=context, param_type="argument", param_hint="PRESET")
+    if preset and resume:
+        raise typer.BadParameter("--resume goes on with the run's own settings: leave PRESET away, or use --set.")
+    return preset
+
+
+OptionalPreset = Annotated[
+    str,
+    typer.Argument(
+        metavar="PRESET",
+        help="A TOML file, or a name from [bold]fedtune presets[/bold].",
+        show_default=False,
+        callback=_preset_or_resume,
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 
 
 def simulate(
-    preset: PresetArgument,
+    preset: OptionalPreset = "",
     settings: SetOption = [],  # noqa: B006 (typer reads the default and never changes it)
     out: OutOption = "",
     engine: Annotated[
@@ -45,6 +78,7 @@ def simulate(
     workers: Annotated[int, typer.Option(min=0, help="Parallel clients of --engine flower; 0: as many as fit.")] = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    resume: ResumeOption = "",
 ) -> None:
     """Run a federation on this machine: server and clients, one preset.
 
@@ -54,16 +88,35 @@ def simulate(
 
     [bold]fedtune simulate my.toml --set model=./Qwen3-0.6B --set data=rows.jsonl --engine flower --workers 4[/bold]
 
-    Ctrl-C stops after the step in hand; what is finished stays in the run folder.
+    [bold]fedtune simulate --resume runs/try --set rounds=20[/bold]
+
+    Ctrl-C stops after the step in hand; what is finished stays in the run folder, and --resume carries the run on.
     """
-    chosen = presets.choose(preset, settings)
-    config = chosen.config.replace(out=run_folder(chosen, out))
-    check_new(config.out)
+    config = _carried_on(resume, settings, out, quiet) if resume else _new(preset, settings, out)
     summary = run_watched(config, runner(engine, workers), quiet=quiet, to_stderr=as_json)
     if not (as_json and quiet):
         Console(stderr=as_json, highlight=False).print(result_table(summary))
     if as_json:
         print(json.dumps(summary))
+
+
+def _new(preset: str, settings: list[str], out: str) -> RunConfig:
+    chosen = presets.choose(preset, settings)
+    config = chosen.config.replace(out=run_folder(chosen, out))
+    check_new(config.out)
+    return config
+
+
+def _carried_on(resume: str, settings: list[str], out: str, quiet: bool) -> RunConfig:
+    """The settings of the run in the folder `resume`, changed by `settings` where that is allowed."""
+    if out:
+        raise typer.BadParameter("--resume goes on in the run's own folder: leave --out away.")
+    folder = RunFolder.open(resume)
+    before = stored_settings(folder)
+    going_on = held_against(folder, before, before.replace(**dict(presets.parse_setting(text) for text in settings)))
+    for note in () if quiet else going_on.unused:
+        Console(stderr=True, highlight=False).print(note, markup=False, soft_wrap=True)
+    return going_on.config.replace(resume=resume)
 
 
 def run_folder(chosen: presets.Chosen, out: str = "") -> str:
@@ -79,7 +132,8 @@ def run_watched(config: RunConfig, run: Callable[[RunConfig], Summary], *, quiet
         except Interrupted:
             done = sum(row.round > 0 for row in view.rows)
             kept = (
-                f"after {done} of {config.rounds} rounds; model and metrics are in '{config.out}'"
+                f"after {done} of {config.rounds} rounds; model and metrics are in '{config.out}', and "
+                f"`fedtune simulate --resume {config.out}` carries it on"
                 if view.rows
                 else "before the first round"
             )

@@ -51,6 +51,7 @@ class RunView:
         self._last = ""
         self._earlier_steps = 0
         self._training_began: float | None = None
+        self._earlier_rounds = 0
 
     def __call__(self, event: Event) -> None:
         """Take in one event."""
@@ -74,6 +75,7 @@ class RunView:
                 self.finished = True
 
     def _finish_round(self, event: RoundFinished) -> None:
+        self._earlier_rounds += event.round > 0 and not self.round  # of a process before this one
         self.rows.append(RoundRow.of(event.metrics))
         self._earlier_steps += len(self.asked) * self._local_steps
         self.round, self.asked, self._steps, self.evaluating = 0, (), {}, None
@@ -100,7 +102,7 @@ class RunView:
         if self.started is None or self._training_began is None:
             return None
         done = self._earlier_steps + self.steps[0]
-        total = self.started.rounds * self.started.clients_per_round * self._local_steps
+        total = (self.started.rounds - self._earlier_rounds) * self.started.clients_per_round * self._local_steps
         if not done:
             return None
         return (self.clock() - self._training_began) / done * max(0, total - done)

@@ -41,9 +41,10 @@ def run_flower(config: RunConfig, workers: int = 0) -> dict[str, object]:
         EngineError: a process of Flower failed; `facts["tail"]` has its last lines.
         Interrupted: a stop was requested. Nothing keeps running, whatever ends this function.
     """
-    out = config.out or dated(config.algorithm)
+    out = config.resume or config.out or dated(config.algorithm)
     config = config.replace(out=out).with_absolute_paths()
-    check_new(config.out)
+    if not config.resume:
+        check_new(config.out)
     device = _Device.of(config)
     resources = device.resources(workers, config.asked_per_round)
     with ending_on_signals():

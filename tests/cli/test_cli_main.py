@@ -47,7 +47,10 @@ def test_no_command_shows_the_help(fedtune: Callable[..., Outcome], arguments: t
     ("arguments", "message"),
     [
         (("bogus",), "No such command 'bogus'. `fedtune --help` explains the command."),
-        (("simulate",), "Missing argument 'PRESET'. `fedtune simulate --help` explains the command."),
+        (
+            ("simulate",),
+            "Missing argument PRESET. Give a preset, or --resume RUN. `fedtune simulate --help` explains the command.",
+        ),
         (("simulate", "x", "--bogus"), "No such option '--bogus'."),
         (("simulate", "x", "--workers", "-1"), "Invalid value for '--workers': -1 is not in the range x>=0."),
         (("simulate", "x", "--set", "y"), "Invalid value: --set takes KEY=VALUE, not 'y'."),

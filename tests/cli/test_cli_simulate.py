@@ -160,7 +160,9 @@ def test_a_stopped_run_says_how_far_it_came_and_where_it_is(
     with progress.listening(stop_in_round_2):
         outcome = fedtune("simulate", "small.toml", "--quiet", "--out", "run")
     assert (outcome.code, outcome.out) == (130, "")
-    assert outcome.err == "Stopped after 1 of 2 rounds; model and metrics are in 'run'.\n"
+    assert outcome.err == (
+        "Stopped after 1 of 2 rounds; model and metrics are in 'run', and `fedtune simulate --resume run` carries it on.\n"
+    )
 
 
 def test_the_second_ctrl_c_stops_at_once() -> None:

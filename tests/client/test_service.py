@@ -64,6 +64,15 @@ def test_the_same_bytes_as_in_process(service: MakeService, settings: RunConfig,
         assert forwarder.train(WHO, message, []) == Worker(settings).train(WHO, message, [])
 
 
+def test_without_time_left_one_step_is_the_update(
+    service: MakeService, settings: RunConfig, instruction: MakeInstruction
+) -> None:
+    message = instruction(settings)
+    found = Forwarder(service().address, settings, "1", 60.0).train(WHO, message, [], 0.0)
+    assert found == Worker(settings).train(WHO, message, [], 0.0)
+    assert found != Worker(settings).train(WHO, message, [])
+
+
 def test_an_own_problem_keeps_its_type_and_the_worker_goes_on(service: MakeService, settings: RunConfig) -> None:
     forwarder = Forwarder(service().address, settings, "1", 60.0)
     with pytest.raises(DataError, match=r"no data file '/nowhere/x\.jsonl'"):

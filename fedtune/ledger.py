@@ -1,0 +1,356 @@
+"""The ledger of a run: one SQLite file that is the truth about it. docs/ledger.md is the specification.
+
+    header    one row: format, versions, settings, base model, layout, partition, first pool
+    rounds    a row a round, 0 is the base model: who was asked, what was refused and why, bytes, digest of the state
+    updates   the payloads that a round used, as they came over the wire, with their weights
+    events    what happened between rounds: evaluations, repeats of a round, commands, resumes
+    pools     coefficients of the pools that are finished
+    snapshot  one row, replaced: the server's state after the last round
+
+Header, rounds and events are hash chains (`fedtune.chain`); a round covers its updates, and the snapshot both heads. A
+round and its snapshot are one transaction in a write-ahead log that is flushed before `commit_round` returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from fedtune.chain import Value, as_text, link
+from fedtune.errors import DamagedLedgerError, LedgerError
+from fedtune.ledger_file import LEDGER, begin, check_kind, connect, explained, lock, sync
+from fedtune.only_one import OnlyOne
+
+START = b"\x00" * 32  # the digest before the header
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a run is, written once.
+
+    Attributes:
+        created: date and time.
+        versions: of the libraries that results depend on.
+        asked, used: settings as given, and all of them.
+        fingerprint, layout, pool: 16, 16 and 8 bytes: base model, order of its parameters, first pool of directions.
+        shapes: name and shape of each trainable tensor in order, so that a ledger can be replayed without the model.
+        partition: 32 bytes over partition.json.
+    """
+
+    created: str
+    versions: Mapping[str, str]
+    asked: Mapping[str, Any]
+    used: Mapping[str, Any]
+    fingerprint: bytes
+    layout: bytes
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    partition: bytes
+    pool: bytes
+
+    def columns(self) -> tuple[Value, ...]:
+        """As stored, without id and digest."""
+        texts = (self.created, as_text(self.versions), as_text(self.asked), as_text(self.used))
+        return (*texts, self.fingerprint, self.layout, as_text(self.shapes), self.partition, self.pool)
+
+
+@dataclass(frozen=True)
+class Used:
+    """An update that a round used: its wire payload, and its weight among those of the round."""
+
+    client: str
+    share: float
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round. `attempt` counts from 1; `seconds` are of its phases, `elapsed` of the run so far; `state` is the digest
+    of the model after it. Clients that were asked and not refused are those whose updates were used."""
+
+    number: int
+    attempt: int = 1
+    clients: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    train_loss: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    messages_up: int = 0
+    messages_down: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    elapsed: float = 0.0
+    state: bytes = b""
+
+    def columns(self) -> tuple[Value, ...]:
+        """As stored, without what chains it."""
+        counts = (self.bytes_up, self.bytes_down, self.messages_up, self.messages_down)
+        who = (as_text(list(self.clients)), as_text(self.refused))
+        return (self.number, self.attempt, *who, self.train_loss, *counts, as_text(self.seconds), self.elapsed, self.state)
+
+
+@dataclass(frozen=True)
+class Happened:
+    """An event after round `round`; `kind` says what is in `detail` (docs/ledger.md)."""
+
+    number: int
+    round: int
+    kind: str
+    detail: Mapping[str, Any]
+    elapsed: float
+
+    def columns(self) -> tuple[Value, ...]:
+        """As stored, without what chains it."""
+        return (self.number, self.round, self.kind, as_text(self.detail), self.elapsed)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after round `round`: `moves` rounds changed it, `arrays` are its numbers (`fedtune.replay`)."""
+
+    round: int
+    moves: int
+    arrays: bytes
+
+
+class Ledger:
+    """An open ledger. `Ledger.create` and `Ledger.open`; close it, or use it in a `with` block.
+
+    Every method raises a LedgerError that says what is wrong; a failed write leaves what was committed before.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: OnlyOne | None) -> None:
+        self.path, self._connection, self._lock = path, connection, lock
+
+    @classmethod
+    def create(cls, folder: Path, header: Header, snapshot: Snapshot, base: Round) -> Self:
+        """Make the ledger of a new run in `folder`, with round 0; whole or not at all.
+
+        Raises:
+            LedgerError: there is one already, another process makes one, or the disk refuses.
+        """
+        path, held = folder / LEDGER, lock(folder)
+        new = path.with_suffix(".new")
+        try:
+            if path.exists():
+                raise LedgerError(f"'{path}' exists already: resume the run, or give another folder with --out.")
+            for leftover in folder.glob(f"{new.name}*"):
+                leftover.unlink()
+            with explained(path):
+                connection = begin(new)
+                building = cls(new, connection, None)
+                building._write_header(header)
+                building.commit_round(base, (), (), snapshot)
+                connection.close()
+                new.replace(path)
+                sync(folder)
+        finally:
+            held.release()
+        return cls.open(folder, writing=True)
+
+    @classmethod
+    def open(cls, folder: Path, *, writing: bool = False) -> Self:
+        """Open the ledger in `folder`: to read it, also while its run goes on, or to carry the run on.
+
+        Raises:
+            LedgerError: there is none, or (writing) another process has it. ForeignLedgerError, DamagedLedgerError.
+        """
+        path = folder / LEDGER
+        if not path.is_file():
+            raise LedgerError(f"'{folder}' has no {LEDGER}: it is not the folder of a run, or of one older than ledgers.")
+        held = lock(folder) if writing else None
+        try:
+            with explained(path):
+                connection = connect(path, writing)
+                check_kind(path, connection)
+        except BaseException:
+            if held:
+                held.release()
+            raise
+        return cls(path, connection, held)
+
+    def close(self) -> None:
+        """Close the file and let others write; again is fine."""
+        self._connection.close()
+        if self._lock:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def header(self) -> Header:
+        """What the run is."""
+        row = self._whole("header")
+        with _reading("the header"):
+            versions, asked, used = (json.loads(text) for text in row[1:4])
+            shapes = tuple((str(name), tuple(shape)) for name, shape in json.loads(row[6]))
+        return Header(row[0], versions, asked, used, row[4], row[5], shapes, row[7], row[8])
+
+    @property
+    def last(self) -> int:
+        """Number of the last round that is committed."""
+        return int(self._one("SELECT max(number) FROM rounds")[0])
+
+    def round(self, number: int) -> Round:
+        """One round."""
+        return _round(self._one(f"{_ROUNDS} WHERE number = ?", number))
+
+    def rounds(self) -> Iterator[Round]:
+        """All rounds in order, from 0."""
+        for row in self._rows(f"{_ROUNDS} ORDER BY number"):
+            yield _round(row)
+
+    def updates(self, number: int) -> list[Used]:
+        """The updates that round `number` used, by client id."""
+        rows = self._rows("SELECT client, share, payload FROM updates WHERE round = ? ORDER BY client", number)
+        return [Used(*row) for row in rows]
+
+    def events(self, kind: str = "", after: int = -1) -> Iterator[Happened]:
+        """All events in order, or those of one kind, or of those the ones after round `after`."""
+        where = "WHERE ?1 IN ('', kind) AND ?2 IN (-1, round)"
+        for row in self._rows(f"SELECT number, round, kind, detail, elapsed FROM events {where} ORDER BY number", kind, after):
+            with _reading(f"event {row[0]}"):
+                yield Happened(row[0], row[1], row[2], json.loads(row[3]), row[4])
+
+    @property
+    def pool_count(self) -> int:
+        """How many pools are finished."""
+        return int(self._one("SELECT count(*) FROM pools")[0])
+
+    def pools(self) -> list[bytes]:
+        """Encoded coefficients of the pools that are finished, in order."""
+        return [row[0] for row in self._rows("SELECT coefficients FROM pools ORDER BY number")]
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The state after the last round."""
+        return Snapshot(*self._whole("snapshot")[:3])
+
+    def rows(self, table: str) -> Iterator[tuple[Any, ...]]:
+        """The raw columns of a table in the order of its key, for `fedtune.replay.verify`."""
+        yield from self._rows(f"SELECT * FROM {table} ORDER BY 1, 2")
+
+    @contextmanager
+    def at_one_moment(self) -> Iterator[None]:
+        """Inside the `with` block everything is read as it is now, also while the run goes on."""
+        with explained(self.path):
+            self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(sqlite3.Error):  # of a damaged file; what was read said so
+                self._connection.execute("ROLLBACK")
+
+    def damage(self) -> str:
+        """What SQLite itself finds wrong with the file; "" for nothing."""
+        found = str(self._one("PRAGMA integrity_check")[0])
+        return "" if found == "ok" else found
+
+    # ------------------------------------------------------------------ writing
+
+    def commit_round(self, row: Round, used: Iterable[Used], pools: Iterable[bytes], snapshot: Snapshot) -> None:
+        """Write a round with its updates, the pools that it finished and the state after it; on the disk when this returns."""
+        with self._transaction():
+            updates = sorted(used, key=lambda update: update.client)
+            for update in updates:
+                self._insert("updates", (row.number, update.client, update.share, update.payload))
+            columns = (*row.columns(), updates_digest(row.number, updates))
+            previous = self._head("rounds")
+            self._insert("rounds", (*columns, previous, link(previous, "rounds", columns)))
+            for number, pool in enumerate(pools, start=self.pool_count):
+                self._insert("pools", (number, pool))
+            self._replace_snapshot(snapshot)
+
+    def commit_event(self, kind: str, detail: Mapping[str, Any], elapsed: float = 0.0) -> None:
+        """Write an event after the last round; on the disk when this returns."""
+        with self._transaction():
+            number = int(self._one("SELECT coalesce(max(number), 0) + 1 FROM events")[0])
+            columns = Happened(number, self.last, kind, detail, elapsed).columns()
+            previous = self._head("events")
+            self._insert("events", (*columns, previous, link(previous, "events", columns)))
+            self._replace_snapshot(self.snapshot)
+
+    def _write_header(self, header: Header) -> None:
+        with self._transaction():
+            columns = header.columns()
+            self._insert("header", (1, *columns, link(START, "header", columns)))
+
+    def _replace_snapshot(self, snapshot: Snapshot) -> None:
+        columns = (snapshot.round, snapshot.moves, snapshot.arrays, self._head("rounds"), self._head("events"))
+        self._connection.execute("DELETE FROM snapshot")
+        self._insert("snapshot", (1, *columns, link(START, "snapshot", columns)))
+
+    def _head(self, table: str) -> bytes:
+        """The digest of the last row of a chain; that of the header before its first."""
+        found = self._connection.execute(f"SELECT digest FROM {table} ORDER BY number DESC LIMIT 1").fetchone()
+        return bytes((found or self._connection.execute("SELECT digest FROM header").fetchone())[0])
+
+    def _insert(self, table: str, values: tuple[Value, ...]) -> None:
+        self._connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(values))})", values)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with explained(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _rows(self, query: str, *values: Value) -> Iterator[tuple[Any, ...]]:
+        with explained(self.path):
+            yield from self._connection.execute(query, values)
+
+    def _whole(self, table: str) -> tuple[Any, ...]:
+        """The columns of a table of one row, without id and digest, which must be theirs."""
+        columns = self._one(f"SELECT * FROM {table}")
+        if link(START, table, columns[1:-1]) != columns[-1]:
+            raise DamagedLedgerError(
+                f"The {table} of '{self.path}' is damaged: restore the file from a copy.", row=f"the {table}"
+            )
+        return columns[1:-1]
+
+    def _one(self, query: str, *values: Value) -> tuple[Any, ...]:
+        row = next(self._rows(query, *values), None)
+        if row is None:
+            raise DamagedLedgerError(f"'{self.path}' lacks a row ({query}): restore it from a copy.", row=query)
+        return row
+
+
+_ROUNDS = (
+    "SELECT number, attempt, clients, refused, train_loss, bytes_up, bytes_down, messages_up, messages_down, seconds, "
+    "elapsed, state FROM rounds"
+)
+
+
+def updates_digest(round: int, updates: Iterable[Used]) -> bytes:
+    """32 bytes over the updates of a round, in the order of their client ids."""
+    return link(START, "updates", [round, *(value for u in updates for value in (u.client, u.share, u.payload))])
+
+
+def _round(row: tuple[Any, ...]) -> Round:
+    with _reading(f"round {row[0]}"):
+        clients, refused, seconds = (json.loads(row[column]) for column in (2, 3, 9))
+        columns = [row[0], row[1], tuple(clients), refused, *row[4:9], seconds, *row[10:]]
+        return Round(*columns)
+
+
+@contextmanager
+def _reading(row: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise DamagedLedgerError(f"{row.capitalize()} of the ledger is damaged ({error}): restore it.", row=row) from None

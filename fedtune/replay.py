@@ -1,0 +1,186 @@
+"""From a ledger to the server's state: the snapshot of its last round, or every update of every round once more.
+
+Both must agree, and each round must lead to the digest that was written when it was live: `verify` checks that, without
+the base model and without a client. Whoever reads an update for a state, the live server too, does it with `read_update`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedtune import wire
+from fedtune.algorithms import ALGORITHMS, Algorithm, State
+from fedtune.algorithms.base import shares
+from fedtune.config import RunConfig
+from fedtune.directions.base import F64
+from fedtune.errors import DamagedLedgerError, FedtuneError, ForeignLedgerError
+from fedtune.layout import Layout
+from fedtune.ledger import Header, Ledger, Round, Snapshot
+from fedtune.wire import Update
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What turns states into states: the settings, and the layout of the base model with its fingerprint."""
+
+    config: RunConfig
+    layout: Layout
+    fingerprint: bytes
+
+    @classmethod
+    def of(cls, header: Header) -> Rules:
+        """The rules of a ledger. Raises ForeignLedgerError if they cannot be those of this program."""
+        config = RunConfig.from_mapping(header.used)
+        layout = Layout.from_shapes(header.shapes, ALGORITHMS[config.algorithm].block_rule(config))
+        rules = cls(config, layout, header.fingerprint)
+        if layout.digest != header.layout or rules.algorithm.pool(config, layout, 0).identity != header.pool:
+            raise ForeignLedgerError("This program lays out the model or its directions in another way than the ledger's.")
+        return rules
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """Of the settings."""
+        return ALGORITHMS[self.config.algorithm]
+
+    def start(self) -> State:
+        """State 0."""
+        return self.algorithm.start(self.config, self.layout)
+
+    def begin_round(self, state: State) -> State:
+        """What the next round starts from."""
+        return self.algorithm.begin_round(state, self.config, self.layout)
+
+    def aggregate(self, state: State, updates: Mapping[str, Update]) -> State:
+        """What the updates of a round lead to."""
+        return self.algorithm.aggregate(state, updates, self.config, self.layout)
+
+    def digest(self, state: State) -> bytes:
+        """Names the model of a state."""
+        return state.published(self.config.coefficient_bits).digest(self.fingerprint)
+
+    def encoded(self, state: State, number: int) -> bytes:
+        """The model of `state` after round `number` as a complete instruction: what a client that joins now would get."""
+        model = state.published(self.config.coefficient_bits)
+        complete = wire.Instruction(
+            round=number + 1,
+            fingerprint=self.fingerprint,
+            layout=self.layout.digest,
+            digest=model.digest(self.fingerprint),
+            held=0,
+            pools=model.pools,
+            draw_weights=self.algorithm.draw_weights(state),
+        )
+        return wire.encode_instruction(complete, self.config.coefficient_bits)
+
+    def closed(self, state: State, known: int = 0) -> list[bytes]:
+        """The finished pools of a state, encoded, without the first `known`."""
+        return [wire.encode_pool(pool, self.config.coefficient_bits) for pool in state.closed[known:]]
+
+
+def read_update(rules: Rules, state: State, payload: bytes, *, round: int, digest: bytes) -> Update:
+    """The update in `payload` to a round that started from `state`, whose digest is `digest`. Raises WireError."""
+    return wire.decode_update(
+        payload,
+        kind=rules.algorithm.kind,
+        round=round,
+        digest=digest,
+        max_steps=rules.config.local_steps,
+        blocks=rules.layout.blocks,
+        max_count=min(state.pool.size, 65535),
+        bits=rules.config.scalar_bits,
+        per_step=rules.config.directions_per_step,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- snapshots
+
+
+def snapshot_of(state: State, round: int) -> Snapshot:
+    """The open pool and the statistics of `state` after round `round`, as one safetensors file of float64."""
+    arrays = {"values": state.values, **{f"statistics.{name}": array for name, array in state.statistics.items()}}
+    return Snapshot(round, state.round, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+
+
+def restore(ledger: Ledger, rules: Rules) -> State:
+    """The state after the last round, from the snapshot and the finished pools. Raises DamagedLedgerError."""
+    snapshot, bits, blocks = ledger.snapshot, rules.config.coefficient_bits, rules.layout.blocks
+    pools = [rules.algorithm.pool(rules.config, rules.layout, number) for number in range(len(ledger.pools()) + 1)]
+    try:
+        closed = tuple(
+            wire.decode_pool(data, pool, blocks, bits) for data, pool in zip(ledger.pools(), pools[:-1], strict=True)
+        )
+        arrays: dict[str, F64] = load(snapshot.arrays)
+        prefix = "statistics."
+        statistics = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+        state = State(snapshot.moves, closed, pools[-1], arrays["values"], statistics)
+    except (SafetensorError, KeyError, FedtuneError) as error:
+        raise DamagedLedgerError(
+            f"The snapshot in '{ledger.path}' is damaged ({error}): restore it.", row="snapshot"
+        ) from error
+    if rules.digest(state) != ledger.round(ledger.last).state:
+        raise DamagedLedgerError(
+            f"The snapshot in '{ledger.path}' does not lead to the digest of round {ledger.last}: restore it.", row="snapshot"
+        )
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------- replay
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A round of the ledger and the state that its updates lead to."""
+
+    row: Round
+    state: State
+
+
+def replay(ledger: Ledger, rules: Rules) -> Iterator[Replayed]:
+    """Every round from 0, from its updates alone.
+
+    Raises:
+        DamagedLedgerError: a round that does not lead to its digest, whose updates cannot be read or are not those of the
+            clients that it names, or whose weights are others.
+    """
+    state = rules.start()
+    for row in ledger.rounds():
+        if row.number:
+            state = _moved(ledger, rules, rules.begin_round(state), row)
+        if rules.digest(state) != row.state:
+            raise bad(ledger, f"round {row.number}", "its updates lead to another digest")
+        yield Replayed(row, state)
+
+
+def _moved(ledger: Ledger, rules: Rules, state: State, row: Round) -> State:
+    used = ledger.updates(row.number)
+    if {update.client for update in used} != set(row.clients) - set(row.refused):
+        raise bad(ledger, f"round {row.number}", "its updates are not those of its clients")
+    digest = rules.digest(state)
+    try:
+        read = {u.client: read_update(rules, state, u.payload, round=row.number, digest=digest) for u in used}
+    except FedtuneError as error:
+        raise bad(ledger, f"round {row.number}", f"an update cannot be read ({error})") from error
+    if {update.client: update.share for update in used} != shares(read, rules.config):
+        raise bad(ledger, f"round {row.number}", "the weights are not those of its updates")
+    return rules.aggregate(state, read) if read else state
+
+
+def state_after(ledger: Ledger, rules: Rules, number: int) -> State:
+    """The state after round `number`: the snapshot's if it is the last round, else by replay."""
+    if number == ledger.last:
+        return restore(ledger, rules)
+    return next(replayed.state for replayed in itertools.islice(replay(ledger, rules), number, None))
+
+
+def bad(ledger: Ledger, row: str, why: str) -> DamagedLedgerError:
+    """The error for the first bad row."""
+    return DamagedLedgerError(
+        f"'{ledger.path}' is not as it was written, from {row} on: {why}. Restore it from a copy.", row=row, why=why
+    )

@@ -1,0 +1,87 @@
+"""A run that is told what to do while it goes on: the commands of `fedtune.control`, taken between rounds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from fedtune.control import MOST_BYTES, Command, Doing, Order, say, waiting
+from fedtune.errors import ControlError, Interrupted
+from fedtune.progress import Note, check_stop, emit
+from server.record import Record
+from server.strategy import CoefficientStrategy
+
+POLL_SECONDS = 0.1
+
+
+class Operator:
+    """Follows commands. `evaluate_now` is set when somebody asked for an evaluation."""
+
+    def __init__(self, record: Record, strategy: CoefficientStrategy) -> None:
+        self.record, self.strategy = record, strategy
+        self.evaluate_now = False
+        self._paused = False
+
+    def heed(self) -> None:
+        """Follow every command that waits, and wait while the run is paused.
+
+        Raises:
+            Interrupted: the run was told to stop; everything is committed, and a resume goes on from here.
+        """
+        self._follow_all()
+        if self._paused:
+            self.say(Doing.PAUSED)
+        while self._paused:
+            check_stop()
+            time.sleep(POLL_SECONDS)
+            self._follow_all()
+        self.say(Doing.RUNNING)
+
+    def say(self, doing: Doing, error: str = "") -> None:
+        """Tell `fedtune status` how far the run is."""
+        config = self.record.config
+        say(self.record.folder, doing, round=self.record.last, rounds=config.rounds, error=error)
+
+    def _follow_all(self) -> None:
+        done = {event.detail["name"] for event in self.record.ledger.events("command")}
+        for path in waiting(self.record.folder):
+            stop = path.name not in done and self._follow(path)
+            path.unlink(missing_ok=True)
+            if stop:
+                raise Interrupted(f"Stopped by `fedtune stop` after round {self.record.last}; a resume goes on from there.")
+
+    def _follow(self, path: Path) -> bool:
+        """Follow one command and write that down; returns whether it was to stop."""
+        try:
+            order = Order.read(path.read_bytes()[:MOST_BYTES])
+            self._check(order)
+        except (ControlError, OSError) as problem:
+            emit(Note(f"A command was refused: {problem}", warning=True))
+            self._write(path, {"refused": str(problem)})
+            return False
+        if order.command is Command.DROP:
+            self._drop(order.client)
+        self._paused = order.command is Command.PAUSE or (self._paused and order.command is not Command.UNPAUSE)
+        self.evaluate_now = self.evaluate_now or order.command is Command.EVALUATE
+        emit(Note(f"Told to {order.command}{' client ' + order.client if order.client else ''}."))
+        self._write(path, {"command": order.command.value, "client": order.client})
+        return order.command is Command.STOP
+
+    def _check(self, order: Order) -> None:
+        """Refuse to drop an unknown client, or the last one. Before clients have introduced themselves any id is taken."""
+        if order.command is not Command.DROP or not self.strategy.clients:
+            return
+        left = set(self.strategy.clients) - {order.client}
+        if order.client not in {*self.strategy.clients, *self.strategy.dropped}:
+            raise ControlError(f"There is no client {order.client!r}: `fedtune ledger show` lists them.")
+        if not left:
+            raise ControlError(f"Client {order.client} is the last one: stop the run instead.")
+
+    def _drop(self, client: str) -> None:
+        if client not in self.record.dropped():
+            self.record.ledger.commit_event("drop", {"client": client}, self.record.elapsed)
+        self.strategy.dropped.add(client)
+        self.strategy.clients.pop(client, None)
+
+    def _write(self, path: Path, detail: dict[str, str]) -> None:
+        self.record.ledger.commit_event("command", {"name": path.name, **detail}, self.record.elapsed)

@@ -1,0 +1,246 @@
+"""What a run writes down: the ledger first, then the files that are made from it, which a resume makes again where they lag."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fedtune.algorithms import State
+from fedtune.algorithms.base import shares
+from fedtune.config import RunConfig
+from fedtune.errors import RunFolderError
+from fedtune.evaluation import Evaluation, Generation
+from fedtune.ledger import Round, Used
+from fedtune.replay import snapshot_of, state_after
+from fedtune.run_folder import BEST, COEFFICIENTS, CONFIG, SUMMARY
+from server.opening import Opened, elapsed_of
+from server.strategy import Tally
+
+BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison
+_DIGEST_AT = slice(40, 56)  # of the model, in coefficients.bin (docs/wire.md)
+_SCORES = ("eval_loss", "eval_loss_sample_mean", "perplexity", "rouge_l", "rouge_l_papers", "exact_match")
+
+
+class Record:
+    """The ledger and the folder of one run, and the rows of metrics.jsonl as they stand."""
+
+    def __init__(self, opened: Opened) -> None:
+        self.config: RunConfig = opened.config
+        self.folder, self.ledger, self.rules = opened.folder, opened.ledger, opened.rules
+        self.rows: list[dict[str, Any]] = []
+        self._before, self._began = elapsed_of(self.ledger), time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run so far, in all its processes."""
+        return round(self._before + time.monotonic() - self._began, 3)
+
+    @property
+    def last(self) -> int:
+        """The last round that is committed."""
+        return self.ledger.last
+
+    def attempts(self, number: int) -> int:
+        """How often round `number` was asked and came out short."""
+        return sum(1 for _ in self.ledger.events("attempt", after=number - 1))
+
+    def dropped(self) -> set[str]:
+        """Clients that take no part any more."""
+        return {str(event.detail["client"]) for event in self.ledger.events("drop")}
+
+    # ------------------------------------------------------------------ the ledger
+
+    def commit(self, number: int, tally: Tally, phases: Mapping[str, float], state: State) -> None:
+        """Write round `number` and the state that it led to; until this returns nothing may use them."""
+        counted = self._with_attempts(number, tally)
+        row = Round(
+            number=number,
+            attempt=self.attempts(number) + 1,
+            clients=tuple(tally.clients),
+            refused=dict(tally.refused),
+            train_loss=finite(tally.train_loss),
+            **counted,
+            seconds=_rounded(phases),
+            elapsed=self.elapsed,
+            state=self.rules.digest(state),
+        )
+        weights = shares(tally.updates, self.config)
+        used = [Used(client, weights[client], tally.payloads[client]) for client in tally.updates]
+        pools = self.rules.closed(state, self.ledger.pool_count)
+        self.ledger.commit_round(row, used, pools, snapshot_of(state, number))
+
+    def commit_attempt(self, number: int, tally: Tally, phases: Mapping[str, float]) -> None:
+        """Write down that round `number` came out short and is asked again."""
+        detail = {"round": number, "clients": tally.clients, "refused": tally.refused, "seconds": _rounded(phases)}
+        self.ledger.commit_event("attempt", {**detail, **_counts(tally)}, self.elapsed)
+
+    def _with_attempts(self, number: int, tally: Tally) -> dict[str, int]:
+        """The bytes and messages of a round, those of its short attempts included."""
+        counts = _counts(tally)
+        for event in self.ledger.events("attempt", after=number - 1):
+            counts = {name: count + event.detail[name] for name, count in counts.items()}
+        return counts
+
+    # ------------------------------------------------------------------ what is made from it
+
+    def publish(self, number: int, state: State) -> None:
+        """Write coefficients.bin: the model after the committed round `number`."""
+        self.folder.write_bytes(COEFFICIENTS, self.rules.encoded(state, number))
+
+    def evaluated(
+        self, number: int, state: State, loss: Evaluation, text: Generation | None, phases: Mapping[str, float]
+    ) -> None:
+        """Write what was measured after round `number`: texts and best model first, so that they are never missing."""
+        detail: dict[str, Any] = {
+            "round": number,
+            "eval_loss": finite(loss.loss),
+            "eval_loss_sample_mean": finite(loss.loss_sample_mean),
+            "perplexity": finite(loss.perplexity),
+            "rouge_l": text.rouge_l if text else None,
+            "rouge_l_papers": text.rouge_l_papers if text else None,
+            "exact_match": text.exact_match if text else None,
+            "seconds": _rounded(phases),
+        }
+        if all(loss.loss < number_of(other["eval_loss"]) for other in self.rows if other["round"] != number):
+            self.folder.write_bytes(BEST, self.rules.encoded(state, number))
+        if text:
+            self.folder.write_json(f"generated_round_{number}.json", asdict(text))
+        self.ledger.commit_event("evaluation", detail, self.elapsed)
+
+    def add_row(self, number: int) -> dict[str, Any]:
+        """The row of round `number` for metrics.jsonl; appended to it, or put in place of the one that is there."""
+        row = _row(self.ledger.round(number), self._evaluations(number).get(number))
+        if number == len(self.rows):
+            self.rows.append(row)
+            self.folder.append_metrics(row)
+        else:
+            self.rows[number] = row
+            self.folder.write_metrics(self.rows)
+        return row
+
+    def has_evaluation(self, number: int) -> bool:
+        """Whether the model after round `number` was evaluated."""
+        return bool(self._evaluations(number))
+
+    def _evaluations(self, number: int = -1) -> dict[int, Mapping[str, Any]]:
+        """By round: all of them, or that of one round."""
+        return {event.round: event.detail for event in self.ledger.events("evaluation", after=number)}
+
+    # ------------------------------------------------------------------ after a resume
+
+    def catch_up(self, state: State, done: int) -> None:
+        """Make the files of the folder what they should be after the rows 0 .. `done`, from the ledger."""
+        evaluations = self._evaluations()
+        self.rows = [_row(row, evaluations.get(row.number)) for row in self.ledger.rounds() if row.number <= done]
+        self.folder.sweep()
+        for name in (SUMMARY, "error.json"):
+            self.folder.discard(name)
+        settings = {"asked": dict(self.ledger.header.asked), "used": self.config.as_mapping()}
+        if self.folder.read_json(CONFIG) != settings:
+            self.folder.write_json(CONFIG, settings)
+        if self._metrics() != self.rows:
+            self.folder.write_metrics(self.rows)
+        if done == self.last:
+            self.publish(done, state)
+        if self.rows:
+            self._catch_up_best()
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        try:
+            return self.folder.read_metrics()
+        except RunFolderError:
+            return []
+
+    def _catch_up_best(self) -> None:
+        """Write best_coefficients.bin again, by replay, if it is not the model with the lowest loss."""
+        best = int(min(self.rows, key=lambda row: number_of(row["eval_loss"]))["round"])
+        stored = b""
+        with contextlib.suppress(RunFolderError):
+            stored = self.folder.read_bytes(BEST)
+        if stored[_DIGEST_AT] != self.ledger.round(best).state:
+            self.folder.write_bytes(BEST, self.rules.encoded(state_after(self.ledger, self.rules, best), best))
+
+    # ------------------------------------------------------------------ the end
+
+    def finish(self, parameters: int) -> dict[str, Any]:
+        """Write summary.json; returns it."""
+        summary = summarise(self.config, self.rows, parameters, self.elapsed)
+        self.folder.write_json(SUMMARY, summary)
+        return summary
+
+
+def _row(round: Round, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    scores = evaluation or {}
+    return {
+        "round": round.number,
+        "clients": list(round.clients),
+        "refused": dict(round.refused),
+        **{name: scores.get(name) for name in _SCORES},
+        "train_loss": round.train_loss,
+        "bytes_up": round.bytes_up,
+        "bytes_down": round.bytes_down,
+        "messages_up": round.messages_up,
+        "messages_down": round.messages_down,
+        "seconds": {**round.seconds, **scores.get("seconds", {})},
+        "digest": round.state.hex(),
+    }
+
+
+def summarise(config: RunConfig, rows: Sequence[Mapping[str, Any]], parameters: int, seconds: float) -> dict[str, Any]:
+    """summary.json: before and after, what it cost beside FedAvg, and where it is."""
+    best = min(rows, key=lambda row: number_of(row["eval_loss"]))
+    up, down, messages_up, messages_down = (
+        sum(row[key] for row in rows) for key in ("bytes_up", "bytes_down", "messages_up", "messages_down")
+    )
+    return {
+        "algorithm": config.algorithm,
+        "family": config.family,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "clients": config.clients,
+        "clients_per_round": config.invited_per_round,
+        "parameters": parameters,
+        "initial_loss": rows[0]["eval_loss"],
+        "final_loss": rows[-1]["eval_loss"],
+        "best_loss": best["eval_loss"],
+        "best_round": best["round"],
+        "initial_loss_sample_mean": rows[0]["eval_loss_sample_mean"],
+        "final_loss_sample_mean": rows[-1]["eval_loss_sample_mean"],
+        "initial_rouge_l": rows[0]["rouge_l"],
+        "final_rouge_l": rows[-1]["rouge_l"],
+        "initial_exact_match": rows[0]["exact_match"],
+        "final_exact_match": rows[-1]["exact_match"],
+        "payload_bytes_up": up,
+        "payload_bytes_down": down,
+        "payload_bytes_up_per_client_round": round(up / messages_up, 1) if messages_up else 0.0,
+        "payload_bytes_down_per_client_round": round(down / messages_down, 1) if messages_down else 0.0,
+        "fedavg_bytes": 2 * BYTES_PER_WEIGHT * parameters * messages_down,
+        "updates_refused": sum(len(row["refused"]) for row in rows),
+        "seconds": seconds,
+        "digest": rows[-1]["digest"],
+        "out": config.out,
+    }
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN: what is not a number is null."""
+    return value if math.isfinite(value) else None
+
+
+def number_of(value: object) -> float:
+    """A loss to compare: one that was not measured, or not finite, is the worst."""
+    return float(value) if isinstance(value, int | float) else math.inf
+
+
+def _rounded(phases: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(seconds, 4) for name, seconds in phases.items()}
+
+
+def _counts(tally: Tally) -> dict[str, int]:
+    names = ("bytes_up", "bytes_down", "messages_up", "messages_down")
+    return {name: getattr(tally, name) for name in names}

@@ -1,0 +1,51 @@
+"""A client that answers at once with made-up numbers: to measure what the engine itself costs, and to try schedules.
+
+Its numbers are named by round and client like those of a real one, so a digest depends on which updates were used.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+
+from fedtune import wire
+from fedtune.config import RunConfig
+from fedtune.resident import resident
+from fedtune.seeds import Stream
+from fedtune.wire import Status, Update
+
+_ROUND, _DIGEST = slice(4, 8), slice(40, 56)  # in an instruction (docs/wire.md)
+
+
+class PretendClient:
+    """All clients of a FedKSeed run. `cpu_seconds` is what its answers took, to be taken off a measurement."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        replica = resident(config).replica
+        self._base = {"fingerprint": replica.fingerprint, "layout": replica.layout.digest}
+        self.cpu_seconds = 0.0
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer as fedtune's ClientApp would."""
+        begun = time.process_time()
+        client = str(context.node_config["partition-id"])
+        if message.metadata.message_type == MessageType.QUERY:
+            record = ConfigRecord({"client": client, "examples": 1 + int(client) % 7, **self._base})
+        else:
+            record = ConfigRecord({"payload": self._update(message, client)})
+        reply = Message(RecordDict({"fedtune": record}), reply_to=message)
+        self.cpu_seconds += time.process_time() - begun
+        return reply
+
+    def _update(self, message: Message, client: str) -> bytes:
+        payload = message.content.config_records["fedtune"]["payload"]
+        assert isinstance(payload, bytes)
+        number = int.from_bytes(payload[_ROUND], "little")
+        steps = self.config.local_steps
+        scalars = Stream(self.config.seed, "pretend", number, client).normal(steps).astype(np.float32)
+        none = np.zeros(0, dtype=np.int64)
+        update = Update(number, payload[_DIGEST], Status.FINISHED, steps, 1 + int(client) % 7, 1.0, scalars, none)
+        return wire.encode_update(update, self.config.scalar_bits)
