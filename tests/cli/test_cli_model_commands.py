@@ -18,11 +18,11 @@ from fedtune.cli.data import marked
 from fedtune.config import RunConfig
 from fedtune.estimate import estimate_run
 from fedtune.evaluation import evaluate
-from fedtune.export import BEST, load_tuned
+from fedtune.export import load_tuned
 from fedtune.layout import fingerprint
 from fedtune.models import LanguageModel, load_model
 from fedtune.resident import release
-from fedtune.run_folder import RunFolder
+from fedtune.run_folder import BEST, RunFolder
 from simulations.engines.in_process import run_in_process
 
 METHODS = {
