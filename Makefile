@@ -1,7 +1,8 @@
 # `make demo` sets everything up and trains; `make test` sets everything up and checks. Both can be run again at any time.
 #
 #   make demo                            environment, then two federated runs on the embedded model (CPU, a minute)
-#   make test                            environment, then ruff, mypy and every test that needs no GPU
+#   make test                            environment, then ruff, mypy and every test that needs no GPU and no deployment
+#   make test-deployment                 environment, then the tests that start deployments and kill processes
 #   make clean                           remove the environment and the caches; runs/ stays
 #
 # On Linux, PyPI's torch brings CUDA (gigabytes). Without a GPU, the small build does:
@@ -16,7 +17,7 @@ PIP_FLAGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 $(PIP_FLAGS)
 
-.PHONY: help demo test check install clean
+.PHONY: help demo test test-deployment check install clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,7 +28,11 @@ demo: $(VENV)/.stamp-package
 
 test: check
 	@echo "== tests"
-	@$(BIN)/python -m pytest -q -m "not gpu" -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -q -m "not gpu and not deployment and not faults" -n 2 --dist worksteal
+
+test-deployment: $(VENV)/.stamp-dev
+	@echo "== tests of deployments and of processes that die (nginx is needed: apt install nginx-light)"
+	@$(BIN)/python -m pytest -q -m "(deployment or faults) and not gpu"
 
 check: $(VENV)/.stamp-dev
 	@echo "== ruff"
