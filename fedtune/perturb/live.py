@@ -66,8 +66,13 @@ class LiveWeights:
     # ------------------------------------------------------------------ steps along directions
 
     def move(self, directions: Directions, steps: Sequence[tuple[int, float]]) -> None:
-        """w += sum of c z_k over the (k, c) in `steps`, in order, rounded after each; applied when it is needed."""
+        """w += sum of c z_k over the (k, c) in `steps`, in order, rounded after each; applied when it is needed.
+
+        At once for a family whose directions are drawn as a whole.
+        """
         self._waiting += [_Step(directions, k, c) for k, c in steps]
+        if directions.family.whole:  # drawn seed by seed: two seeds in turn, tensor by tensor, would be drawn over and over
+            self.settle()
 
     def settle(self) -> None:
         """Apply everything that waits."""

@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "fedkseed-two": {"algorithm": "fedkseed-pro", "K": 64, "lr": 1e-3, "eps": 1e-3, "directions_per_step": 2},
     "fedkseed-lowrank": {"algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "family": "lowrank", "rank": 2},
     "fedkseed-16": {
-        "algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "dtype": "bfloat16", "update_rounding": "stochastic",
+        "algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "dtype": "float16", "update_rounding": "master",
     },
     "ferret": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "pool_every": 1},
     "ferret-16": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "dtype": "float16", "update_rounding": "master"},
