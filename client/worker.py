@@ -83,7 +83,8 @@ class Worker:
         work = here.work(identity.client, self._samples(identity), instruction.round, instruction.pools[-1].pool)
         update = algorithm.local_update(replace(work, deadline=deadline), config, instruction)
         keep = [*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in instruction.pools)]
-        return wire.encode_update(update, config.scalar_bits), keep
+        chosen = bool(instruction.counts.size)  # by the server, which knows them
+        return wire.encode_update(update, config.scalar_bits, with_counts=not chosen), keep
 
     def _samples(self, identity: Identity) -> tuple[Encoded, ...]:
         if identity.data:

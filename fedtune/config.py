@@ -34,6 +34,7 @@ _ONLY_FERRET = (
     "blocks",
     "allocation",
     "reconstruction",
+    "coordinates",
 )
 
 _ALIASES = {  # what others call a setting, for the hint in an error
@@ -131,6 +132,11 @@ class RunConfig(BaseModel):
         description="ferret: scale 1/K_l (unbiased, the paper), 1/(K_l + d_l) (least error), or official: 1/(3 K_l) "
         "with each rank-one piece clipped to norm 10, as in its code",
     )
+    coordinates: Literal["own", "shared"] = Field(
+        "own",
+        description="ferret: seeds that a client projects on: its own choice from the pool, so that errors average over "
+        "clients; shared: the same for all, so that a round is K numbers on the way down too",
+    )
     # ------------------------------------------------------------------ directions
     family: Literal["hadamard", "rademacher", "gaussian", "lowrank", "torch", "torch-truncated"] = Field(
         "hadamard",
@@ -142,7 +148,9 @@ class RunConfig(BaseModel):
     pool_every: int = Field(0, ge=0, description="rounds after which a fresh pool is drawn; 0: one pool for the run")
     # ------------------------------------------------------------------ wire
     coefficient_bits: int = Field(8, ge=2, le=24, description="bits per coefficient on the way down")
-    scalar_bits: Literal[16, 32] = Field(16, description="bits per scalar gradient or coordinate on the way up")
+    scalar_bits: Literal[4, 8, 16, 32] = Field(
+        16, description="bits per scalar gradient or coordinate on the way up (4: coordinates only)"
+    )
     # ------------------------------------------------------------------ model
     model: str = Field("embedded", description="folder, hub name, or 'embedded' (ships with fedtune)")
     revision: str = Field("", description="revision of a hub model")
@@ -275,12 +283,22 @@ class RunConfig(BaseModel):
                 f"local_momentum belongs to optimizer = momentum, not to {self.optimizer}: remove it.",
                 local_momentum=self.local_momentum,
             )
+        if self.scalar_bits == 4 and self.algorithm != "ferret":
+            raise ContradictionError(
+                f"scalar_bits = 4 is for coordinates, which share a unit, and {self.algorithm} sends scalars one by one: "
+                "set scalar_bits = 8.",
+                scalar_bits=4,
+            )
         self._refuse_foreign()
         self._check_places()
         if self.algorithm == "ferret":
             if self.momentum and self.pool_every:
                 raise ContradictionError(
                     "momentum adds coordinates of successive rounds, so it needs one pool: set pool_every = 0 or momentum = 0."
+                )
+            if self.coordinates == "shared" and self.allocation == "official":
+                raise ContradictionError(
+                    "allocation = official is the client's own choice: remove it, or coordinates = shared.", key="coordinates"
                 )
             if self.allocation == "official" and self.pool_size:
                 raise ContradictionError(

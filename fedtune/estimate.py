@@ -88,7 +88,9 @@ def _local_update(here: Resident, state: State, steps: int) -> None:
     work = here.work("0", here.data.clients[0], 1, state.pool)
     here.replica.touch()
     published = state.published(config.coefficient_bits).pools[-1]
-    instruction = first_instruction(here.algorithm, here.replica.layout, state, published, here.replica.fingerprint)
+    instruction = first_instruction(
+        here.config, here.algorithm, here.replica.layout, state, published, here.replica.fingerprint
+    )
     here.algorithm.local_update(work, config, instruction)
 
 

@@ -109,7 +109,12 @@ def full_pool(state: State) -> PoolCoefficients:
 
 
 def first_instruction(
-    algorithm: Algorithm, layout: Layout, state: State, pool: PoolCoefficients, fingerprint: bytes = NO_FINGERPRINT
+    config: RunConfig,
+    algorithm: Algorithm,
+    layout: Layout,
+    state: State,
+    pool: PoolCoefficients,
+    fingerprint: bytes = NO_FINGERPRINT,
 ) -> Instruction:
     """The instruction of round 1 with `pool` as the coefficients so far."""
     return Instruction(
@@ -120,29 +125,21 @@ def first_instruction(
         held=0,
         pools=(pool,),
         draw_weights=algorithm.draw_weights(state),
+        counts=algorithm.counts(state, config, layout).astype(np.uint16),
     )
 
 
 def _down(config: RunConfig, algorithm: Algorithm, layout: Layout, state: State) -> int:
-    instruction = first_instruction(algorithm, layout, state, full_pool(state))
+    instruction = first_instruction(config, algorithm, layout, state, full_pool(state))
     return len(wire.encode_instruction(instruction, config.coefficient_bits))
 
 
 def _up(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
     """Length of an update: the scalars of all local steps, or the most coordinates that can be sent and a count a block."""
-    coordinates = algorithm.kind == Kind.COORDINATES
-    numbers = most_coordinates(config, layout) if coordinates else config.local_steps * config.directions_per_step
-    update = wire.Update(
-        round=1,
-        digest=bytes(16),
-        status=wire.Status.FINISHED,
-        steps=config.local_steps,
-        examples=1,
-        train_loss=0.0,
-        scalars=np.zeros(numbers, dtype=np.float32),
-        counts=np.zeros(layout.blocks if coordinates else 0, dtype=np.int64),
-    )
-    return len(wire.encode_update(update, config.scalar_bits))
+    if algorithm.kind != Kind.COORDINATES:
+        return wire.update_length(config.local_steps * config.directions_per_step, config.scalar_bits)
+    blocks, shared = layout.blocks, config.coordinates == "shared"
+    return wire.update_length(most_coordinates(config, layout), config.scalar_bits, blocks=blocks, with_counts=not shared)
 
 
 # ---------------------------------------------------------------------------------------------------- memory

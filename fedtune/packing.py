@@ -1,20 +1,19 @@
-"""Bytes of the coefficients of one pool, in the shortest of four forms: nothing, all of them, the non-zero ones, what changed.
+"""Bytes of the coefficients of one pool, in the shortest of five forms.
 
     zero         all coefficients are zero
     dense        L K whole numbers
     sparse       a bitmap of those that are not zero, and those
     difference   a bitmap and what is to be added to the coefficients that the reader has from an earlier round, after these
                  are rounded to the new grid
+    prefixes     the leading coefficients of each block up to the last that is not zero, and how many they are
 
 docs/wire.md is the specification.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +21,14 @@ import numpy.typing as npt
 from fedtune.coefficients import EXACT_SUM, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, StaleReplicaError
+from fedtune.numbers import Reader, pack_integers, packed_length, unpack_integers
 
 Known = Callable[[], PoolCoefficients | None]
 """Gives the coefficients of a pool that the reader has from an earlier round, if any."""
 
 WIDEST = 25  # bits of a difference of two coefficients of 24 bits
 LARGEST = 2**23 - 1  # the largest coefficient of any grid
+LONGEST_PREFIX = 65535  # lengths are 16-bit numbers
 
 
 class Form(IntEnum):
@@ -37,25 +38,7 @@ class Form(IntEnum):
     DENSE = 1
     SPARSE = 2
     DIFFERENCE = 3
-
-
-def pack_integers(q: npt.NDArray[np.int32], bits: int) -> bytes:
-    """int32 [n], each in -2^(bits-1)+1 .. 2^(bits-1)-1, to ceil(n * bits / 8) bytes, lowest bit first."""
-    shifted = (q.astype(np.int64) + (1 << (bits - 1))).astype(np.uint32)
-    planes = ((shifted[:, None] >> np.arange(bits, dtype=np.uint32)) & 1).astype(np.uint8)
-    return np.packbits(planes.reshape(-1), bitorder="little").tobytes()
-
-
-def unpack_integers(data: bytes, count: int, bits: int) -> npt.NDArray[np.int32]:
-    """The inverse of `pack_integers`. Raises MalformedMessageError for a value or padding that it never writes."""
-    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
-    if flat[count * bits :].any():
-        raise MalformedMessageError("Padding bits are set.")
-    planes = flat[: count * bits].reshape(count, bits).astype(np.int64)
-    values = (planes << np.arange(bits)).sum(axis=1)
-    if count and int(values.min()) == 0:
-        raise MalformedMessageError("A coefficient is outside its grid.")
-    return np.asarray(values - (1 << (bits - 1)), dtype=np.int32)
+    PREFIXES = 4
 
 
 def encode_pool(coefficients: PoolCoefficients, bits: int, known: PoolCoefficients | None = None) -> bytes:
@@ -69,7 +52,10 @@ def encode_pool(coefficients: PoolCoefficients, bits: int, known: PoolCoefficien
         lambda: bytes([Form.DENSE]) + exponents + pack_integers(flat, bits),
         lambda: bytes([Form.SPARSE]) + exponents + _pack_sparse(flat, bits),
     ]
-    lengths = [_packed_length(flat.size, bits), _sparse_length(flat, bits)]
+    lengths = [packed_length(flat.size, bits), _sparse_length(flat, bits)]
+    if coefficients.pool.size <= LONGEST_PREFIX:
+        forms.append(lambda: bytes([Form.PREFIXES]) + exponents + _pack_prefixes(coefficients.q, bits))
+        lengths.append(2 * len(coefficients.q) + packed_length(int(_prefixes(coefficients.q).sum()), bits))
     if known is not None and known.pool == coefficients.pool:
         change = flat - _on_grid(known, coefficients.exponents).reshape(-1)
         width = max(2, int(np.abs(change).max()).bit_length() + 1)
@@ -95,35 +81,24 @@ def _pack_sparse(flat: npt.NDArray[np.int32], bits: int) -> bytes:
 
 
 def _sparse_length(flat: npt.NDArray[np.int32], bits: int) -> int:
-    return _packed_length(flat.size, 1) + _packed_length(int((flat != 0).sum()), bits)
+    return packed_length(flat.size, 1) + packed_length(int((flat != 0).sum()), bits)
 
 
-def _packed_length(count: int, bits: int) -> int:
-    return (count * bits + 7) // 8
+def _prefixes(q: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """int64 [L]: how many leading coefficients of each block there are up to the last that is not zero."""
+    last = q.shape[1] - np.argmax(q[:, ::-1] != 0, axis=1)
+    return np.asarray(np.where(q.any(axis=1), last, 0), dtype=np.int64)
 
 
-class Reader:
-    """Takes bytes from the front of a message and refuses to run past its end."""
+def _pack_prefixes(q: npt.NDArray[np.int32], bits: int) -> bytes:
+    """The lengths, then the coefficients of each block."""
+    lengths = _prefixes(q)
+    return lengths.astype("<u2").tobytes() + pack_integers(q[_leading(lengths, q.shape[1])], bits)
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
 
-    def take(self, length: int) -> bytes:
-        if length > len(self._data) - self._at:
-            raise MalformedMessageError(
-                f"The message ends after {len(self._data)} bytes; {self._at + length} were announced.",
-                length=len(self._data),
-            )
-        taken = self._data[self._at : self._at + length]
-        self._at += length
-        return taken
-
-    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
-        return layout.unpack(self.take(layout.size))
-
-    def finish(self) -> None:
-        if self._at != len(self._data):
-            raise MalformedMessageError(f"The message has {len(self._data)} bytes; {self._at} were announced.")
+def _leading(lengths: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.bool_]:
+    """bool [L, size]: the first `lengths` of each row."""
+    return np.asarray(np.arange(size) < lengths[:, None])
 
 
 def decode_pool(data: bytes, pool: Pool, blocks: int, bits: int, known: Known = lambda: None) -> PoolCoefficients:
@@ -154,9 +129,11 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
     if (exponents < MIN_EXPONENT).any() or (exponents > MAX_EXPONENT).any():
         raise MalformedMessageError("An exponent is outside its range.")
     if form == Form.DENSE:
-        q = unpack_integers(reader.take(_packed_length(size, bits)), size, bits)
+        q = unpack_integers(reader.take(packed_length(size, bits)), size, bits)
     elif form == Form.SPARSE:
         q = _unpack_sparse(reader, size, bits)
+    elif form == Form.PREFIXES:
+        q = _unpack_prefixes(reader, blocks, pool.size, bits)
     else:
         q = _apply_difference(reader, exponents, size, bits, known)
     q = q.reshape(blocks, pool.size)
@@ -167,14 +144,25 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
 
 def _unpack_sparse(reader: Reader, size: int, bits: int) -> npt.NDArray[np.int32]:
     """The inverse of `_pack_sparse`: int32 [size]."""
-    marks = np.unpackbits(np.frombuffer(reader.take(_packed_length(size, 1)), np.uint8), bitorder="little")
+    marks = np.unpackbits(np.frombuffer(reader.take(packed_length(size, 1)), np.uint8), bitorder="little")
     if marks[size:].any():
         raise MalformedMessageError("Padding bits are set.")
     used = marks[:size].astype(bool)
     count = int(used.sum())
     flat = np.zeros(size, dtype=np.int32)
-    flat[used] = unpack_integers(reader.take(_packed_length(count, bits)), count, bits)
+    flat[used] = unpack_integers(reader.take(packed_length(count, bits)), count, bits)
     return flat
+
+
+def _unpack_prefixes(reader: Reader, blocks: int, size: int, bits: int) -> npt.NDArray[np.int32]:
+    """The inverse of `_pack_prefixes`: int32 [blocks, size]."""
+    lengths = np.frombuffer(reader.take(2 * blocks), dtype="<u2").astype(np.int64)
+    if (lengths > size).any():
+        raise MalformedMessageError(f"A block has {int(lengths.max())} coefficients; the pool has {size} seeds.")
+    count = int(lengths.sum())
+    q = np.zeros((blocks, size), dtype=np.int32)
+    q[_leading(lengths, size)] = unpack_integers(reader.take(packed_length(count, bits)), count, bits)
+    return q
 
 
 def _apply_difference(

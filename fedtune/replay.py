@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -61,6 +62,10 @@ class Rules:
         """What the updates of a round lead to."""
         return self.algorithm.aggregate(state, updates, self.config, self.layout)
 
+    def counts(self, state: State) -> npt.NDArray[np.int64]:
+        """What every client is asked for in a round that starts from `state`: int64 [L] or empty (`Algorithm.counts`)."""
+        return self.algorithm.counts(state, self.config, self.layout)
+
     def digest(self, state: State) -> bytes:
         """Names the model of a state."""
         return state.published(self.config.coefficient_bits).digest(self.fingerprint)
@@ -76,6 +81,7 @@ class Rules:
             held=0,
             pools=model.pools,
             draw_weights=self.algorithm.draw_weights(state),
+            counts=self.counts(state).astype(np.uint16),
         )
         return wire.encode_instruction(complete, self.config.coefficient_bits)
 
@@ -86,6 +92,7 @@ class Rules:
 
 def read_update(rules: Rules, state: State, payload: bytes, *, round: int, digest: bytes) -> Update:
     """The update in `payload` to a round that started from `state`, whose digest is `digest`. Raises WireError."""
+    counts = rules.counts(state)
     return wire.decode_update(
         payload,
         kind=rules.algorithm.kind,
@@ -96,6 +103,7 @@ def read_update(rules: Rules, state: State, payload: bytes, *, round: int, diges
         max_count=min(state.pool.size, 65535),
         bits=rules.config.scalar_bits,
         per_step=rules.config.directions_per_step,
+        asked=counts if counts.size else None,
     )
 
 

@@ -28,7 +28,7 @@ class Rule(Enum):
 
 
 _SAME = """algorithm seed clients local_steps batch_size lr weighting K eps directions_per_step server_lr anneal momentum
-    optimizer local_momentum accumulate clip_norm pool_size blocks allocation reconstruction family rank pool_every
+    optimizer local_momentum accumulate clip_norm pool_size blocks allocation reconstruction coordinates family rank pool_every
     coefficient_bits scalar_bits dtype update_rounding instruction_column input_column output_column category_column template
     max_length partition dirichlet_alpha min_samples holdout holdout_category"""
 _KEPT = "eval_samples generate_samples max_new_tokens"

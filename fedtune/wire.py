@@ -5,23 +5,24 @@ byte, and raises a WireError for anything it does not expect; nothing is unpickl
 
   instruction (server to client)
     "FT" version kind=1 | round u32 | base fingerprint 16 | layout digest 16 | digest of the model to start from 16
-    | pools held u16 | pools sent u16 | pools ... | weights flag u8 [| K x u16 draw weights]
+    | pools held u16 | pools sent u16 | pools ... | extra u8 (0 nothing, 1 draw weights, 2 counts)
+    [| K x u16 draw weights, or L x u16 counts]
   pool
-    identity 8 | form u8 (0 zero, 1 dense, 2 sparse, 3 difference) [| exponents L x i8
-    [| names what it differs from 8 | bits u8] [| bitmap ceil(L K / 8)] | packed values]
+    identity 8 | form u8 (0 zero, 1 dense, 2 sparse, 3 difference, 4 prefixes) [| exponents L x i8
+    [| names what it differs from 8 | bits u8] [| bitmap ceil(L K / 8)] [| L x u16 lengths] | packed values]
   update (client to server)
     "FT" version kind=2|3 | round u32 | digest of the model it started from 16 | status u8 | steps u32 | examples u32
     | mean training loss f32
-    kind 2 (scalars):      steps x P x scalar
-    kind 3 (coordinates):  L x u16 counts | sum of counts x scalar
-A scalar is a float32, or its upper 16 bits (bfloat16, rounded to nearest even).
+    kind 2 (scalars):      steps x P x number
+    kind 3 (coordinates):  [L x u16 counts |] sum of counts x number, or L x bfloat16 units | packed whole numbers
+fedtune/numbers.py has the bits of a number.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 
@@ -32,10 +33,12 @@ from fedtune import packing
 from fedtune.coefficients import PoolCoefficients
 from fedtune.directions.base import F32, Pool
 from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError
-from fedtune.packing import Reader, take_pool
+from fedtune.numbers import UNIT_BITS, Reader, pack_blocks, pack_scalars, packed_length, unpack_blocks, unpack_scalars
+from fedtune.packing import take_pool
 
+I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
-MAGIC, VERSION = b"FT", 2
+MAGIC, VERSION = b"FT", 3
 encode_pool, decode_pool = packing.encode_pool, packing.decode_pool  # a part of the format that also stands alone
 _HEAD = struct.Struct("<2sBBI")
 _INSTRUCTION = struct.Struct("<16s16s16sHH")
@@ -48,6 +51,14 @@ class Kind(IntEnum):
     INSTRUCTION = 1
     SCALARS = 2
     COORDINATES = 3
+
+
+class Extra(IntEnum):
+    """What stands at the end of an instruction."""
+
+    NOTHING = 0
+    DRAW_WEIGHTS = 1
+    COUNTS = 2
 
 
 class Status(IntEnum):
@@ -68,6 +79,7 @@ class Instruction:
         held: number of leading pools that the client is assumed to hold.
         pools: the pools after those, the last one open.
         draw_weights: uint16 [K], probabilities of the seeds as whole numbers (FedKSeed-Pro); empty for uniform.
+        counts: uint16 [L], coordinates that every client sends of each block (Ferret, shared); empty if it chooses itself.
         known: what the client is assumed to have of pools[0] from an earlier round; not sent, but the pool may be written
             as what changed since.
     """
@@ -79,6 +91,7 @@ class Instruction:
     held: int
     pools: tuple[PoolCoefficients, ...]
     draw_weights: U16
+    counts: U16 = field(default_factory=lambda: np.zeros(0, dtype=np.uint16))
     known: PoolCoefficients | None = None
 
 
@@ -106,31 +119,6 @@ class Update:
     counts: npt.NDArray[np.int64]
 
 
-# ---------------------------------------------------------------------------------------------------- scalars
-
-
-def round_scalars(values: F32, bits: int) -> F32:
-    """The float32 values that survive the wire at `bits` (16: bfloat16, nearest even; 32: unchanged)."""
-    return unpack_scalars(pack_scalars(values, bits), bits)
-
-
-def pack_scalars(values: F32, bits: int) -> bytes:
-    """float32 [n] to n * bits / 8 bytes."""
-    plain = np.ascontiguousarray(values, dtype="<f4")
-    if bits == 32:
-        return plain.tobytes()
-    raw = plain.view("<u4").astype(np.uint64)
-    upper = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16
-    return upper.astype("<u2").tobytes()
-
-
-def unpack_scalars(data: bytes, bits: int) -> F32:
-    """The inverse of `pack_scalars`."""
-    if bits == 32:
-        return np.frombuffer(data, dtype="<f4").astype(np.float32)
-    return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
-
-
 # ---------------------------------------------------------------------------------------------------- messages
 
 
@@ -142,10 +130,17 @@ def encode_instruction(instruction: Instruction, bits: int) -> bytes:
             instruction.fingerprint, instruction.layout, instruction.digest, instruction.held, len(instruction.pools)
         ),
         *(encode_pool(pool, bits, None if number else instruction.known) for number, pool in enumerate(instruction.pools)),
-        bytes([1 if instruction.draw_weights.size else 0]),
-        instruction.draw_weights.astype("<u2").tobytes(),
+        _extra(instruction),
     ]
     return b"".join(parts)
+
+
+def _extra(instruction: Instruction) -> bytes:
+    """The end of an instruction: one byte, and the draw weights or counts if it has any."""
+    for what, numbers in ((Extra.DRAW_WEIGHTS, instruction.draw_weights), (Extra.COUNTS, instruction.counts)):
+        if numbers.size:
+            return bytes([what]) + numbers.astype("<u2").tobytes()
+    return bytes([Extra.NOTHING])
 
 
 def decode_instruction(
@@ -179,28 +174,38 @@ def decode_instruction(
         take_pool(reader, pool_at(number), blocks, bits, partial(known_at, number)) for number in range(held, held + sent)
     )
     size = decoded[-1].pool.size
-    flag = reader.take(1)[0]
-    if flag > 1:
-        raise MalformedMessageError(f"The weights flag is {flag}, not 0 or 1.")
-    weights = np.frombuffer(reader.take(2 * size * flag), dtype="<u2").astype(np.uint16)
+    extra = reader.take(1)[0]
+    if extra not in tuple(Extra):
+        raise MalformedMessageError(f"The message ends with something of kind {extra}, which does not exist.")
+    weights = _take_u16(reader, size if extra == Extra.DRAW_WEIGHTS else 0)
+    counts = _take_u16(reader, blocks if extra == Extra.COUNTS else 0)
     reader.finish()
-    if flag and not weights.all():
+    if not weights.all():
         raise MalformedMessageError("A seed has no chance of being drawn.")
-    return Instruction(round, fingerprint, layout, digest, held, decoded, weights)
+    if (counts > size).any():
+        raise MalformedMessageError(f"A block has {int(counts.max())} coordinates; the pool has {size} seeds.")
+    return Instruction(round, fingerprint, layout, digest, held, decoded, weights, counts)
 
 
-def encode_update(update: Update, bits: int) -> bytes:
-    """An update as bytes; `bits` per scalar. Kind 3 if it has counts."""
+def _take_u16(reader: Reader, count: int) -> U16:
+    return np.frombuffer(reader.take(2 * count), dtype="<u2").astype(np.uint16)
+
+
+def encode_update(update: Update, bits: int, *, with_counts: bool = True) -> bytes:
+    """An update as bytes; `bits` per number. Kind 3 if it has counts, which are left out where the server chose them."""
     kind = Kind.COORDINATES if update.counts.size else Kind.SCALARS
     fields = (update.digest, update.status, update.steps, update.examples, update.train_loss)
-    return b"".join(
-        [
-            _HEAD.pack(MAGIC, VERSION, kind, update.round),
-            _UPDATE.pack(*fields),
-            update.counts.astype("<u2").tobytes(),
-            pack_scalars(update.scalars, bits),
-        ]
-    )
+    head = _HEAD.pack(MAGIC, VERSION, kind, update.round) + _UPDATE.pack(*fields)
+    if kind == Kind.SCALARS:
+        return head + pack_scalars(update.scalars, bits)
+    counts = update.counts.astype("<u2").tobytes() if with_counts else b""
+    return head + counts + pack_blocks(update.scalars, update.counts, bits)
+
+
+def update_length(numbers: int, bits: int, *, blocks: int = 0, with_counts: bool = True) -> int:
+    """Bytes of an update of so many numbers of `bits` bits: coordinates if there are `blocks`, else scalars."""
+    units = 2 * blocks if bits < UNIT_BITS else 0
+    return _HEAD.size + _UPDATE.size + (2 * blocks if with_counts else 0) + units + packed_length(numbers, bits)
 
 
 def decode_update(
@@ -214,6 +219,7 @@ def decode_update(
     max_count: int,
     bits: int,
     per_step: int = 1,
+    asked: I64 | None = None,
 ) -> Update:
     """Read a client's update and refuse what the round did not ask for.
 
@@ -224,8 +230,9 @@ def decode_update(
         max_steps: most local steps.
         blocks: L (COORDINATES).
         max_count: most coordinates a block can have, the size of the pool (COORDINATES).
-        bits: per scalar.
+        bits: per number.
         per_step: scalars of each step (SCALARS).
+        asked: int64 [L], the counts if the server chose them (COORDINATES); None: the message has them.
 
     Raises:
         MalformedMessageError: wrong length, magic, version or count.
@@ -244,13 +251,13 @@ def decode_update(
     if steps > max_steps or examples == 0:
         raise MalformedMessageError(f"{steps} steps on {examples} samples; at most {max_steps} steps were asked.")
     counts = np.zeros(0, dtype=np.int64)
-    length = steps * per_step
-    if kind == Kind.COORDINATES:
-        counts = np.frombuffer(reader.take(2 * blocks), dtype="<u2").astype(np.int64)
+    if kind == Kind.SCALARS:
+        scalars = unpack_scalars(reader.take(packed_length(steps * per_step, bits)), bits)
+    else:
+        counts = _take_u16(reader, blocks).astype(np.int64) if asked is None else asked
         if (counts > max_count).any():
             raise MalformedMessageError(f"A block has {int(counts.max())} coordinates; the pool has {max_count} seeds.")
-        length = int(counts.sum())
-    scalars = unpack_scalars(reader.take(length * bits // 8), bits)
+        scalars = unpack_blocks(reader, counts, bits)
     reader.finish()
     if not (np.isfinite(scalars).all() and np.isfinite(loss)):
         raise NonFiniteError("The update contains a number that is not finite.")

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -216,6 +217,7 @@ class CoefficientStrategy(Strategy):
             held=held,
             pools=self._model.pools[held:],
             draw_weights=self.algorithm.draw_weights(self.state),
+            counts=self.rules.counts(self.state).astype(np.uint16),
             known=known.known,
         )
         payload = wire.encode_instruction(instruction, self.config.coefficient_bits)

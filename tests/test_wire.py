@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import packing, wire
+from fedtune import numbers, packing, wire
 from fedtune.coefficients import PoolCoefficients, quantise
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError, StaleReplicaError, WireError
@@ -52,18 +52,57 @@ def read_update(data: bytes, kind: Kind = Kind.SCALARS, bits: int = 32, **change
 
 def test_golden_bytes_of_an_instruction() -> None:
     expected = (
-        "4654020101000000" + FINGERPRINT.hex() + LAYOUT.hex() + DIGEST.hex() + "00000100"
+        "4654030101000000" + FINGERPRINT.hex() + LAYOUT.hex() + DIGEST.hex() + "00000100"
         + POOLS[0].identity.hex() + "01" + "ec" + "59f888a1" + "00"
     )  # fmt: skip
     assert wire.encode_instruction(instruction(), 4).hex() == expected
 
 
 def test_golden_bytes_of_updates() -> None:
-    head = "46540202" + "04000000" + DIGEST.hex() + "00" + "03000000" + "78000000" + "00002040"
+    head = "46540302" + "04000000" + DIGEST.hex() + "00" + "03000000" + "78000000" + "00002040"
     assert wire.encode_update(scalars(), 32).hex() == head + "0000803f" + "000020c0" + "00000000"
     assert wire.encode_update(scalars(), 16).hex() == head + "803f" + "20c0" + "0000"
-    head = "46540203" + "04000000" + DIGEST.hex() + "00" + "14000000" + "78000000" + "00002040"
+    head = "46540303" + "04000000" + DIGEST.hex() + "00" + "14000000" + "78000000" + "00002040"
     assert wire.encode_update(coordinates(), 16).hex() == head + "010000000200" + "003f" + "80be" + "0041"
+    units = "933d" + "0000" + "933f"  # 0.5 / 7 and 8 / 7, rounded up to bfloat16
+    assert wire.encode_update(coordinates(), 4).hex() == head + "010000000200" + units + "8f" + "0f"
+    assert wire.encode_update(coordinates(), 4, with_counts=False).hex() == head + units + "8f" + "0f"
+
+
+def test_golden_bytes_of_eight_bit_scalars() -> None:
+    head = "46540302" + "04000000" + DIGEST.hex() + "00" + "03000000" + "78000000" + "00002040"
+    assert wire.encode_update(scalars(), 8).hex() == head + "3c" + "c1" + "00"
+
+
+def test_golden_bytes_of_an_instruction_with_counts() -> None:
+    end = "02" + "0500"
+    assert wire.encode_instruction(instruction(counts=np.array([5], dtype=np.uint16)), 4).hex().endswith("59f888a1" + end)
+
+
+def test_golden_bytes_of_prefixes() -> None:
+    pool = Pool("hadamard", 0, 64)
+    q = np.zeros((2, 64), dtype=np.int32)
+    q[0, :3], q[1, 0] = [1, -3, 7], -7
+    data = packing.encode_pool(PoolCoefficients(pool, q, np.array([-20, -4], dtype=np.int32)), 4)
+    assert data.hex() == pool.identity.hex() + "04" + "ecfc" + "0300" + "0100" + "59" + "1f"
+    assert packing.decode_pool(data, pool, 2, 4).q.tolist() == q.tolist()
+    hostile = data[:11] + bytes([65, 0]) + data[13:]
+    with pytest.raises(MalformedMessageError, match="A block has 65 coefficients; the pool has 64 seeds"):
+        packing.decode_pool(hostile, pool, 2, 4)
+    with pytest.raises(MalformedMessageError, match="announced"):
+        packing.decode_pool(data[:-1], pool, 2, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([4, 8, 16]))
+def test_every_form_of_a_pool_survives(seed: int, bits: int) -> None:
+    random = np.random.default_rng(seed)
+    pool, limit = Pool("hadamard", 0, 48), 2 ** (bits - 1) - 1
+    q = random.integers(-limit, limit + 1, size=(3, 48)).astype(np.int32)
+    q[np.arange(48) >= random.integers(0, 49, size=3)[:, None]] = 0
+    q[random.random((3, 48)) < random.random()] = 0
+    sent = PoolCoefficients(pool, q, np.where(q.any(axis=1), -24, 0).astype(np.int32))
+    assert packing.decode_pool(packing.encode_pool(sent, bits), pool, 3, bits).identity == sent.identity
 
 
 def test_golden_identity_of_a_pool() -> None:
@@ -85,20 +124,45 @@ def test_an_instruction_survives_the_wire(bits: int) -> None:
 def test_packed_integers_survive(bits: int, data: st.DataObject) -> None:
     limit = 2 ** (bits - 1) - 1
     values = np.array(data.draw(st.lists(st.integers(-limit, limit), max_size=40)), dtype=np.int32)
-    packed = packing.pack_integers(values, bits)
+    packed = numbers.pack_integers(values, bits)
     assert len(packed) == -(-len(values) * bits // 8)
-    assert packing.unpack_integers(packed, len(values), bits).tolist() == values.tolist()
+    assert numbers.unpack_integers(packed, len(values), bits).tolist() == values.tolist()
 
 
 def test_the_shorter_form_is_chosen() -> None:
     pool = Pool("hadamard", 0, 1024)
     few = np.zeros((1, 1024), dtype=np.int32)
-    few[0, :10] = 5
+    few[0, 5::100] = 5
     exponents = np.array([-3], dtype=np.int32)
     sparse = packing.encode_pool(PoolCoefficients(pool, few, exponents), 8)
     dense = packing.encode_pool(PoolCoefficients(pool, few + 1, exponents), 8)
-    assert (len(sparse), len(dense)) == (8 + 1 + 1 + 128 + 10, 8 + 1 + 1 + 1024)
+    assert (len(sparse), len(dense)) == (8 + 1 + 1 + 128 + 11, 8 + 1 + 1 + 1024)
     assert packing.decode_pool(sparse, pool, 1, 8).q.tolist() == few.tolist()
+
+
+def test_counts_that_the_server_chose_are_not_sent() -> None:
+    data = wire.encode_update(coordinates(), 16, with_counts=False)
+    got = read_update(data, Kind.COORDINATES, 16, asked=np.array([1, 0, 2]))
+    assert (got.counts.tolist(), got.scalars.tolist()) == ([1, 0, 2], [0.5, -0.25, 8.0])
+    with pytest.raises(MalformedMessageError, match="announced"):
+        read_update(data, Kind.COORDINATES, 16, asked=np.array([1, 1, 2]))
+
+
+@pytest.mark.parametrize("unit", ["c07f", "807f", "80bf"])
+def test_a_unit_that_is_not_finite_or_negative_is_refused(unit: str) -> None:
+    data = bytearray(wire.encode_update(coordinates(), 4, with_counts=False))
+    data[37:39] = bytes.fromhex(unit)
+    with pytest.raises((MalformedMessageError, NonFiniteError)):
+        read_update(bytes(data), Kind.COORDINATES, 4, asked=np.array([1, 0, 2]))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_lengths_are_known_beforehand(bits: int) -> None:
+    for with_counts in (True, False):
+        data = wire.encode_update(coordinates(), bits, with_counts=with_counts)
+        assert wire.update_length(3, bits, blocks=3, with_counts=with_counts) == len(data)
+    if bits > 4:
+        assert wire.update_length(3, bits) == len(wire.encode_update(scalars(), bits))
 
 
 @pytest.mark.parametrize("bits", [16, 32])
@@ -120,11 +184,42 @@ def test_a_step_of_several_directions_has_as_many_scalars() -> None:
         read_update(wire.encode_update(scalars(steps=1, scalars=np.ones(1, np.float32)), 16), bits=16, per_step=2)
 
 
+@given(st.floats(-60000.0, 60000.0, width=32))
+def test_eight_bit_scalars_are_near_and_stay(value: float) -> None:
+    rounded = float(numbers.round_scalars(np.array([value], dtype=np.float32), 8)[0])
+    assert abs(rounded - value) <= max(abs(value) / 8, 2.0**-17 * 1.01)
+    assert float(numbers.round_scalars(np.array([rounded], dtype=np.float32), 8)[0]) == rounded
+
+
+def test_what_is_too_large_or_not_finite_for_eight_bits() -> None:
+    sent = np.array([1e9, -1e9, np.inf, -np.inf, np.nan, 57344.0], dtype=np.float32)
+    got = numbers.round_scalars(sent, 8)
+    assert got[[0, 1, 5]].tolist() == [57344.0, -57344.0, 57344.0]
+    assert not np.isfinite(got[2:5]).any()
+    assert np.isnan(got[4])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.sampled_from([4, 8]), st.integers(0, 2**32 - 1))
+def test_coordinates_are_within_half_a_unit_of_their_block(counts: list[int], bits: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    values = (random.normal(size=len(owner)) * 10.0 ** random.uniform(-6, 6, size=len(counts))[owner]).astype(np.float32)
+    sizes = np.array(counts, dtype=np.int64)
+    data = numbers.pack_blocks(values, sizes, bits)
+    assert len(data) == 2 * len(counts) + -(-len(values) * bits // 8)
+    reader = numbers.Reader(data)
+    got = numbers.unpack_blocks(reader, sizes, bits)
+    reader.finish()
+    largest = np.array([np.abs(values[owner == block]).max(initial=0.0) for block in range(len(counts))])
+    assert (np.abs(got - values) <= 0.51 * 1.008 * largest[owner] / (2 ** (bits - 1) - 1)).all()
+
+
 @given(st.floats(-(2.0**120), 2.0**120, width=32))
 def test_sixteen_bit_scalars_are_the_nearest_ones(value: float) -> None:
-    rounded = float(wire.round_scalars(np.array([value], dtype=np.float32), 16)[0])
+    rounded = float(numbers.round_scalars(np.array([value], dtype=np.float32), 16)[0])
     assert abs(rounded - value) <= abs(value) * 2.0**-8 or abs(value) < 2.0**-120
-    again = wire.round_scalars(np.array([rounded], dtype=np.float32), 16)
+    again = numbers.round_scalars(np.array([rounded], dtype=np.float32), 16)
     assert float(again[0]) == rounded
 
 
@@ -162,7 +257,9 @@ def tampered_instructions() -> dict[str, tuple[bytes, type[WireError], str]]:
             MalformedMessageError,
             "outside its grid",
         ),
-        "strange flag": (good[:-1] + b"\x02", MalformedMessageError, "flag is 2"),
+        "strange flag": (good[:-1] + b"\x03", MalformedMessageError, "kind 3, which does not exist"),
+        "announced counts missing": (good[:-1] + b"\x02", MalformedMessageError, "were announced"),
+        "more coordinates than seeds": (good[:-1] + b"\x02\x09\x00", MalformedMessageError, "9 coordinates; the pool has 8"),
         "announced weights missing": (good[:-1] + b"\x01", MalformedMessageError, "were announced"),
         "a seed without a chance": (weighted[:-2] + b"\0\0", MalformedMessageError, "no chance"),
     }

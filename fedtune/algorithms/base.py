@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
@@ -25,6 +26,7 @@ from fedtune.perturb import LiveWeights, Perturbation
 from fedtune.seeds import stream_key
 from fedtune.wire import Instruction, Kind, Update
 
+I64 = npt.NDArray[np.int64]
 PASS_TOKENS = 8192
 """Tokens, of all copies of a batch, in one pass over the model: enough to keep any device busy, few enough to fit it."""
 
@@ -119,6 +121,8 @@ class Algorithm:
         draw_weights: uint16 [K] or empty: what a client needs to know about the seeds.
         local_update: the client's half of a round.
         aggregate: the server's half: state, updates by client id -> state. Must not depend on the order of arrival.
+        counts: int64 [L]: coordinates of each block that every client is asked for, or empty: clients choose, or send none.
+        lasting: names of the statistics that outlive a pool.
     """
 
     name: str
@@ -129,6 +133,8 @@ class Algorithm:
     draw_weights: Callable[[State], np.ndarray[tuple[int], np.dtype[np.uint16]]]
     local_update: Callable[[LocalWork, RunConfig, Instruction], Update]
     aggregate: Callable[[State, Mapping[str, Update], RunConfig, Layout], State]
+    counts: Callable[[State, RunConfig, Layout], I64] = lambda state, config, layout: np.zeros(0, dtype=np.int64)
+    lasting: tuple[str, ...] = ()
 
     def pool(self, config: RunConfig, layout: Layout, number: int) -> Pool:
         """Pool `number` (from 0) of a run; every party derives the same one."""
@@ -148,6 +154,7 @@ class Algorithm:
         closed = quantise(state.pool, state.values, config.coefficient_bits)
         pool = self.pool(config, layout, number)
         fresh = self.statistics(layout.blocks, pool.size)
+        fresh |= {name: state.statistics[name] for name in self.lasting}
         return replace(state, closed=(*state.closed, closed), pool=pool, values=np.zeros_like(state.values), statistics=fresh)
 
 

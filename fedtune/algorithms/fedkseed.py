@@ -22,9 +22,10 @@ from fedtune.algorithms.base import Algorithm, LocalWork, State, shares
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
 from fedtune.layout import Layout
+from fedtune.numbers import round_scalars
 from fedtune.progress import ClientStep, check_stop, emit
 from fedtune.seeds import Stream
-from fedtune.wire import Instruction, Kind, Status, Update, round_scalars
+from fedtune.wire import Instruction, Kind, Status, Update
 
 PRO_CLIP = 1000.0  # scalar gradients count up to this size in FedKSeed-Pro's statistics (official code)
 DRAW_SCALE = 65535  # the most likely seed has this draw weight

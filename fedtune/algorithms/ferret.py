@@ -8,7 +8,8 @@ Source: Shu et al., "Ferret: Federated Full-Parameter Tuning at Scale for Large 
 
 The relative error of the unbiased rebuild is sqrt(d_l / K_l). Every client uses K_l seeds of the pool of its own
 (derived from its named stream, not sent), so that the errors of different clients average out, down to the error that
-all P seeds of the pool together would leave.
+all P seeds of the pool together would leave. With coordinates = shared all clients use the same K_l seeds, which the
+server chooses: a round's mean update is then K numbers on the way down too, at the price of that averaging.
 
 The official code (allen4747/Ferret) departs from the paper; the settings called "official" follow the code, see
 docs/fidelity.md. With v = z / sqrt(3 d_l) and its coordinate c = -<delta_l, v> d_l / K_l it subtracts server_lr * c * v,
@@ -39,6 +40,7 @@ from fedtune.wire import Instruction, Kind, Status, Update
 I64 = npt.NDArray[np.int64]
 LARGEST_COUNT = 65535  # counts travel as 16-bit numbers
 NORM_PIECE = 1 << 22  # elements whose squares are summed at once: 32 MiB of float64
+LEAST_NORM = 0.01  # of the largest block's norm: what a block counts for at least where the server divides K
 OFFICIAL_LEAST = 2  # coordinates of any block in the official code, also of one that did not move
 OFFICIAL_FLOOR = 1e-8  # the largest norm counts as at least this in the official code
 OFFICIAL_PIECE_NORM = 10.0  # a rank-one piece of the rebuild is scaled down to this norm in the official code
@@ -82,7 +84,7 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
     del steps  # with the optimiser's state
     finite = loss is not None
     found = project(work, Change(work.live, start), config, instruction) if finite else None
-    counts, coordinates = found or _nothing(work, config)
+    counts, coordinates = found or _nothing(work, config, instruction)
     return Update(
         round=instruction.round,
         digest=instruction.digest,
@@ -110,18 +112,51 @@ def project(
         squares[entry.block] += math.fsum(float(part.double().square_().sum()) for part in parts)
     if not np.isfinite(squares).all():
         return None
-    counts = allocate(np.sqrt(squares), np.array(layout.block_sizes), config.K, pool.size, config.allocation)
+    counts = _counts(np.sqrt(squares), layout, pool.size, config, instruction)
     wanted = chosen_seeds(config, instruction.round, work.client, counts, pool.size)
     table = directions.project(enumerate(deltas), wanted)
     return counts, table[wanted]
 
 
-def _nothing(work: LocalWork, config: RunConfig) -> tuple[I64, F64]:
+def _nothing(work: LocalWork, config: RunConfig, instruction: Instruction) -> tuple[I64, F64]:
     """The counts and coordinates of an update that is zero."""
-    layout = work.directions.layout
-    sizes = np.array(layout.block_sizes)
-    counts = allocate(np.zeros(layout.blocks), sizes, config.K, work.directions.pool.size, config.allocation)
+    layout, size = work.directions.layout, work.directions.pool.size
+    counts = _counts(np.zeros(layout.blocks), layout, size, config, instruction)
     return counts, np.zeros(int(counts.sum()))
+
+
+def _counts(norms: F64, layout: Layout, size: int, config: RunConfig, instruction: Instruction) -> I64:
+    """int64 [L]: as the server asked, or by the client's own `norms`."""
+    if instruction.counts.size:
+        return instruction.counts.astype(np.int64)
+    return allocate(norms, np.array(layout.block_sizes), config.K, size, config.allocation)
+
+
+def shared_counts(state: State, config: RunConfig, layout: Layout) -> I64:
+    """int64 [L]: with coordinates = shared, how the server divides K: by the norms of the last round's mean update.
+
+    They are measured in its coordinates (`mean_norms`). Before the first round the norm of a block is taken in
+    proportion to sqrt(d_l), and a block never counts for less than LEAST_NORM of the largest, so that it is seen again.
+    """
+    if config.coordinates == "own":
+        return np.zeros(0, dtype=np.int64)
+    sizes = np.array(layout.block_sizes)
+    norms = state.statistics["norms"][:, 0]
+    largest = float(norms.max(initial=0.0))
+    guess = np.maximum(norms, LEAST_NORM * largest) if largest else np.sqrt(sizes)
+    return allocate(guess, sizes, config.K, state.pool.size, config.allocation)
+
+
+def mean_norms(step: F64, counts: I64, scale: F64, before: F64) -> F64:
+    """float64 [L]: norms of the clients' mean update, from its coordinates: E <z, delta>^2 = ||delta||^2.
+
+    Args:
+        step: float64 [L, K], the mean of the clients' coordinates, each times its block's scale.
+        counts, scale: [L], coordinates and scale of each block.
+        before: float64 [L], kept where a block had no coordinates.
+    """
+    squares = np.square(step / scale[:, None]).sum(axis=1) / np.maximum(counts, 1)
+    return np.asarray(np.where(counts > 0, np.sqrt(squares), before))
 
 
 def allocate(norms: F64, sizes: I64, total: int, pool_size: int, rule: str) -> I64:
@@ -170,7 +205,12 @@ def most_coordinates(config: RunConfig, layout: Layout) -> int:
 
 
 def chosen_seeds(config: RunConfig, round: int, client: str, counts: I64, pool_size: int) -> npt.NDArray[np.bool_]:
-    """bool [L, K]: the K_l seeds of each block that a client projects on; derived on both sides, never sent."""
+    """bool [L, K]: the K_l seeds of each block that a client projects on; derived on both sides, never sent.
+
+    With coordinates = shared they are the first K_l of the pool for everybody.
+    """
+    if config.coordinates == "shared":
+        return np.asarray(np.arange(pool_size) < counts[:, None])
     wanted = np.zeros((len(counts), pool_size), dtype=np.bool_)
     for block, count in enumerate(counts.tolist()):
         wanted[block, Stream(config.seed, "coordinates", round, client, block).subset(pool_size, count)] = True
@@ -211,7 +251,13 @@ def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, la
     applied = clip_pieces(velocity, sizes) if config.reconstruction == "official" else velocity
     number = next(iter(updates.values())).round  # the server's round, which counts empty ones too
     values = state.values + server_rate(config, number) * applied
-    return replace(state, round=state.round + 1, values=values, statistics={"velocity": velocity})
+    statistics = {**state.statistics, "velocity": velocity}
+    if config.coordinates == "shared":
+        counts = next(iter(updates.values())).counts
+        before = state.statistics["norms"][:, 0]
+        found = mean_norms(step, counts, scales(counts, sizes, config.reconstruction), before)
+        statistics["norms"] = found[:, None]
+    return replace(state, round=state.round + 1, values=values, statistics=statistics)
 
 
 def server_rate(config: RunConfig, round: int) -> float:
@@ -250,8 +296,10 @@ FERRET = Algorithm(
     kind=Kind.COORDINATES,
     block_rule=_block_rule,
     pool_size=pool_size,
-    statistics=lambda blocks, size: {"velocity": np.zeros((blocks, size))},
+    statistics=lambda blocks, size: {"velocity": np.zeros((blocks, size)), "norms": np.zeros((blocks, 1))},
     draw_weights=_no_draw_weights,
     local_update=local_update,
     aggregate=aggregate,
+    counts=shared_counts,
+    lasting=("norms",),
 )

@@ -27,6 +27,13 @@ SETTINGS: dict[str, dict[str, object]] = {
     "ferret": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "pool_every": 1},
     "ferret-16": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "dtype": "float16", "update_rounding": "master"},
     "ferret-fixed": {"algorithm": "ferret", "K": 200, "lr": 1e-2, "momentum": 0.5, "reconstruction": "shrunken"},
+    "fedkseed-short": {
+        "algorithm": "fedkseed", "K": 64, "lr": 1e-3, "eps": 1e-3, "scalar_bits": 8, "coefficient_bits": 4,
+    },
+    "ferret-shared": {
+        "algorithm": "ferret", "K": 200, "lr": 1e-2, "pool_every": 1, "coordinates": "shared", "scalar_bits": 4,
+        "coefficient_bits": 4,
+    },
     "ferret-official": {
         "algorithm": "ferret", "K": 16, "lr": 1e-2, "momentum": 0.5,
         "family": "torch-truncated", "allocation": "official", "reconstruction": "official",

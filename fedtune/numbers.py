@@ -1,0 +1,157 @@
+"""Bits of the numbers in messages: whole numbers of b bits, scalars one by one, and coordinates block by block.
+
+    whole numbers   b bits each, lowest bit first, plus 2^(b-1)
+    scalars         32: float32. 16: its upper half (bfloat16). 8: the upper half of a float16 (1 sign, 5 exponent and 2
+                    fraction bits), so within 1/8 of the value. All rounded to the nearest, halves to the even neighbour
+    blocks          32, 16: as scalars. 8, 4: a unit for each block, and whole numbers of so many bits in that unit
+
+A scalar is rounded on its own, before it is used, so a client's path is what its message says. The coordinates of a block
+are measured together, and share a unit. Nothing here allocates more than the message that it reads is long.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.directions.base import F32
+from fedtune.errors import MalformedMessageError
+
+I64 = npt.NDArray[np.int64]
+LARGEST_8 = 57344.0
+"""The largest scalar of 8 bits; what is larger is sent as this."""
+UNIT_BITS = 16
+
+
+def packed_length(count: int, bits: int) -> int:
+    """Bytes of `count` numbers of `bits` bits."""
+    return (count * bits + 7) // 8
+
+
+class Reader:
+    """Takes bytes from the front of a message and refuses to run past its end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def take(self, length: int) -> bytes:
+        """The next `length` bytes. Raises MalformedMessageError."""
+        if length > len(self._data) - self._at:
+            raise MalformedMessageError(
+                f"The message ends after {len(self._data)} bytes; {self._at + length} were announced.",
+                length=len(self._data),
+            )
+        taken = self._data[self._at : self._at + length]
+        self._at += length
+        return taken
+
+    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
+        """The next fields."""
+        return layout.unpack(self.take(layout.size))
+
+    def finish(self) -> None:
+        """Raises MalformedMessageError if anything is left."""
+        if self._at != len(self._data):
+            raise MalformedMessageError(f"The message has {len(self._data)} bytes; {self._at} were announced.")
+
+
+# ---------------------------------------------------------------------------------------------------- whole numbers
+
+
+def pack_integers(q: npt.NDArray[np.int32], bits: int) -> bytes:
+    """int32 [n], each in -2^(bits-1)+1 .. 2^(bits-1)-1, to ceil(n * bits / 8) bytes, lowest bit first."""
+    shifted = (q.astype(np.int64) + (1 << (bits - 1))).astype(np.uint32)
+    planes = ((shifted[:, None] >> np.arange(bits, dtype=np.uint32)) & 1).astype(np.uint8)
+    return np.packbits(planes.reshape(-1), bitorder="little").tobytes()
+
+
+def unpack_integers(data: bytes, count: int, bits: int) -> npt.NDArray[np.int32]:
+    """The inverse of `pack_integers`. Raises MalformedMessageError for a value or padding that it never writes."""
+    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
+    if flat[count * bits :].any():
+        raise MalformedMessageError("Padding bits are set.")
+    planes = flat[: count * bits].reshape(count, bits).astype(np.int64)
+    values = (planes << np.arange(bits)).sum(axis=1)
+    if count and int(values.min()) == 0:
+        raise MalformedMessageError("A coefficient is outside its grid.")
+    return np.asarray(values - (1 << (bits - 1)), dtype=np.int32)
+
+
+# ---------------------------------------------------------------------------------------------------- scalars
+
+
+def round_scalars(values: F32, bits: int) -> F32:
+    """The float32 values that survive the wire at `bits` per scalar; one that is not finite stays so."""
+    return unpack_scalars(pack_scalars(values, bits), bits)
+
+
+def pack_scalars(values: F32, bits: int) -> bytes:
+    """float32 [n] to n * bits / 8 bytes; `bits` is 32, 16 or 8."""
+    plain = np.ascontiguousarray(values, dtype="<f4")
+    if bits == 32:
+        return plain.tobytes()
+    if bits == 8:
+        finite = np.isfinite(plain)
+        inside = np.where(finite, np.clip(plain, -LARGEST_8, LARGEST_8), plain)
+        raw = inside.astype("<f2").view("<u2").astype(np.uint32)
+        upper = np.where(finite, (raw + 0x7F + ((raw >> 8) & 1)) >> 8, np.where(np.isnan(plain), 0x7E, raw >> 8))
+        return upper.astype(np.uint8).tobytes()
+    wide = plain.view("<u4").astype(np.uint64)
+    return ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype("<u2").tobytes()
+
+
+def unpack_scalars(data: bytes, bits: int) -> F32:
+    """The inverse of `pack_scalars`."""
+    if bits == 32:
+        return np.frombuffer(data, dtype="<f4").astype(np.float32)
+    if bits == 8:
+        return (np.frombuffer(data, dtype=np.uint8).astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- blocks
+
+
+def pack_blocks(values: F32, counts: I64, bits: int) -> bytes:
+    """float32 [sum of counts], block by block, to bytes; `bits` is 32, 16, 8 or 4.
+
+    At 8 and 4 bits a number is q * unit, |q| <= 2^(bits-1) - 1, and the unit is the smallest bfloat16 that holds the
+    block's largest number. Numbers that are not finite make the unit so.
+    """
+    if bits >= UNIT_BITS:
+        return pack_scalars(values, bits)
+    limit = 2 ** (bits - 1) - 1
+    largest = np.zeros(len(counts), dtype=np.float32)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    np.maximum.at(largest, owner, np.abs(values, dtype=np.float32))
+    units = _rounded_up(largest / np.float32(limit))
+    each = units[owner]
+    usable = np.isfinite(each) & (each > 0)
+    quotients = np.divide(values, each, out=np.zeros(len(values), np.float32), where=usable)
+    q = np.clip(np.rint(quotients), -limit, limit).astype(np.int32)
+    return pack_scalars(units, UNIT_BITS) + pack_integers(q, bits)
+
+
+def unpack_blocks(reader: Reader, counts: I64, bits: int) -> F32:
+    """The inverse of `pack_blocks`, from the front of a message. Raises MalformedMessageError."""
+    total = int(counts.sum())
+    if bits >= UNIT_BITS:
+        return unpack_scalars(reader.take(packed_length(total, bits)), bits)
+    units = unpack_scalars(reader.take(2 * len(counts)), UNIT_BITS)
+    if (units < 0).any():
+        raise MalformedMessageError("A block's unit is negative.")
+    q = unpack_integers(reader.take(packed_length(total, bits)), total, bits)
+    with np.errstate(invalid="ignore"):  # 0 times infinity: the caller refuses what is not finite
+        return np.asarray(q.astype(np.float32) * np.repeat(units, counts), dtype=np.float32)
+
+
+def _rounded_up(values: F32) -> F32:
+    """The smallest bfloat16 not below each value, as float32; values are not negative."""
+    raw = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    upper = (raw.astype(np.uint64) + 0xFFFF) >> 16
+    finite = np.isfinite(values)
+    kept = np.where(finite, upper, raw >> 16 | np.where(np.isnan(values), 1, 0)).astype(np.uint32)
+    return (kept << 16).view(np.float32)
