@@ -26,6 +26,7 @@ from fedtune.chain import Value, as_text, link
 from fedtune.errors import DamagedLedgerError, LedgerError
 from fedtune.ledger_file import LEDGER, begin, check_kind, connect, explained, lock, sync
 from fedtune.only_one import OnlyOne
+from fedtune.traffic import Traffic, as_lists, from_lists, total
 
 START = b"\x00" * 32  # the digest before the header
 
@@ -70,27 +71,32 @@ class Used:
 
 @dataclass(frozen=True)
 class Round:
-    """One round. `attempt` counts from 1; `seconds` are of its phases, `elapsed` of the run so far; `state` is the digest
-    of the model after it. Clients that were asked and not refused are those whose updates were used."""
+    """One round. `attempt` counts from 1; `traffic` is by client; `seconds` are of its phases, and `cpu_seconds` those of
+    the server's process, which holds the clients too where they are simulated in process; `elapsed` is of the run so far;
+    `state` is the digest of the model after it. Clients that were asked and not refused are those whose updates were used.
+    """
 
     number: int
     attempt: int = 1
     clients: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     train_loss: float | None = None
-    bytes_up: int = 0
-    bytes_down: int = 0
-    messages_up: int = 0
-    messages_down: int = 0
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    cpu_seconds: Mapping[str, float] = field(default_factory=dict)
     elapsed: float = 0.0
     state: bytes = b""
 
     def columns(self) -> tuple[Value, ...]:
         """As stored, without what chains it."""
-        counts = (self.bytes_up, self.bytes_down, self.messages_up, self.messages_down)
         who = (as_text(list(self.clients)), as_text(self.refused))
-        return (self.number, self.attempt, *who, self.train_loss, *counts, as_text(self.seconds), self.elapsed, self.state)
+        costs = (as_text(as_lists(self.traffic)), as_text(self.seconds), as_text(self.cpu_seconds))
+        return (self.number, self.attempt, *who, self.train_loss, *costs, self.elapsed, self.state)
+
+    @property
+    def total(self) -> Traffic:
+        """Of all clients."""
+        return total(self.traffic.values())
 
 
 @dataclass(frozen=True)
@@ -330,10 +336,7 @@ class Ledger:
         return row
 
 
-_ROUNDS = (
-    "SELECT number, attempt, clients, refused, train_loss, bytes_up, bytes_down, messages_up, messages_down, seconds, "
-    "elapsed, state FROM rounds"
-)
+_ROUNDS = "SELECT number, attempt, clients, refused, train_loss, traffic, seconds, cpu_seconds, elapsed, state FROM rounds"
 
 
 def updates_digest(round: int, updates: Iterable[Used]) -> bytes:
@@ -343,9 +346,9 @@ def updates_digest(round: int, updates: Iterable[Used]) -> bytes:
 
 def _round(row: tuple[Any, ...]) -> Round:
     with _reading(f"round {row[0]}"):
-        clients, refused, seconds = (json.loads(row[column]) for column in (2, 3, 9))
-        columns = [row[0], row[1], tuple(clients), refused, *row[4:9], seconds, *row[10:]]
-        return Round(*columns)
+        clients, refused, traffic, seconds, cpu_seconds = (json.loads(row[column]) for column in (2, 3, 5, 6, 7))
+        costs = (from_lists(traffic), seconds, cpu_seconds)
+        return Round(row[0], row[1], tuple(clients), refused, row[4], *costs, *row[8:])
 
 
 @contextmanager

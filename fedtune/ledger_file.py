@@ -13,7 +13,7 @@ from fedtune.errors import DamagedLedgerError, ForeignLedgerError, FullLedgerErr
 from fedtune.only_one import OnlyOne
 
 LEDGER, LOCK = "ledger.sqlite", "ledger.lock"
-APPLICATION, FORMAT = 0x46544C47, 1  # "FTLG"
+APPLICATION, FORMAT = 0x46544C47, 2  # "FTLG"
 BUSY_SECONDS = 10.0
 
 SCHEMA = (
@@ -21,8 +21,8 @@ SCHEMA = (
     "asked TEXT NOT NULL, used TEXT NOT NULL, fingerprint BLOB NOT NULL, layout BLOB NOT NULL, shapes TEXT NOT NULL, "
     "partition BLOB NOT NULL, pool BLOB NOT NULL, digest BLOB NOT NULL) STRICT",
     "CREATE TABLE rounds (number INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, clients TEXT NOT NULL, "
-    "refused TEXT NOT NULL, train_loss REAL, bytes_up INTEGER NOT NULL, bytes_down INTEGER NOT NULL, "
-    "messages_up INTEGER NOT NULL, messages_down INTEGER NOT NULL, seconds TEXT NOT NULL, elapsed REAL NOT NULL, "
+    "refused TEXT NOT NULL, train_loss REAL, traffic TEXT NOT NULL, seconds TEXT NOT NULL, cpu_seconds TEXT NOT NULL, "
+    "elapsed REAL NOT NULL, "
     "state BLOB NOT NULL, used BLOB NOT NULL, previous BLOB NOT NULL, digest BLOB NOT NULL) STRICT",
     "CREATE TABLE updates (round INTEGER NOT NULL, client TEXT NOT NULL, share REAL NOT NULL, payload BLOB NOT NULL, "
     "PRIMARY KEY (round, client)) STRICT",

@@ -17,7 +17,9 @@ from fedtune.evaluation import Evaluation, Generation
 from fedtune.ledger import Round, Used
 from fedtune.replay import snapshot_of, state_after
 from fedtune.run_folder import BEST, COEFFICIENTS, CONFIG, SUMMARY
+from fedtune.traffic import Traffic, as_lists, from_lists, merged, total
 from server.opening import Opened, elapsed_of
+from server.phases import Phases, peak_memory
 from server.strategy import Tally
 
 BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison
@@ -54,17 +56,17 @@ class Record:
 
     # ------------------------------------------------------------------ the ledger
 
-    def commit(self, number: int, tally: Tally, phases: Mapping[str, float], state: State) -> None:
+    def commit(self, number: int, tally: Tally, phases: Phases, state: State) -> None:
         """Write round `number` and the state that it led to; until this returns nothing may use them."""
-        counted = self._with_attempts(number, tally)
         row = Round(
             number=number,
             attempt=self.attempts(number) + 1,
             clients=tuple(tally.clients),
             refused=dict(tally.refused),
             train_loss=finite(tally.train_loss),
-            **counted,
-            seconds=_rounded(phases),
+            traffic=self._with_attempts(number, tally),
+            seconds=_rounded(phases.wall),
+            cpu_seconds=_rounded(phases.cpu),
             elapsed=self.elapsed,
             state=self.rules.digest(state),
         )
@@ -73,17 +75,17 @@ class Record:
         pools = self.rules.closed(state, self.ledger.pool_count)
         self.ledger.commit_round(row, used, pools, snapshot_of(state, number))
 
-    def commit_attempt(self, number: int, tally: Tally, phases: Mapping[str, float]) -> None:
+    def commit_attempt(self, number: int, tally: Tally, phases: Phases) -> None:
         """Write down that round `number` came out short and is asked again."""
-        detail = {"round": number, "clients": tally.clients, "refused": tally.refused, "seconds": _rounded(phases)}
-        self.ledger.commit_event("attempt", {**detail, **_counts(tally)}, self.elapsed)
+        detail = {"round": number, "clients": tally.clients, "refused": tally.refused, "seconds": _rounded(phases.wall)}
+        self.ledger.commit_event("attempt", {**detail, "traffic": as_lists(tally.traffic)}, self.elapsed)
 
-    def _with_attempts(self, number: int, tally: Tally) -> dict[str, int]:
-        """The bytes and messages of a round, those of its short attempts included."""
-        counts = _counts(tally)
+    def _with_attempts(self, number: int, tally: Tally) -> dict[str, Traffic]:
+        """The bytes and messages of a round by client, those of its short attempts included."""
+        traffic = dict(tally.traffic)
         for event in self.ledger.events("attempt", after=number - 1):
-            counts = {name: count + event.detail[name] for name, count in counts.items()}
-        return counts
+            traffic = merged(traffic, from_lists(event.detail["traffic"]))
+        return traffic
 
     # ------------------------------------------------------------------ what is made from it
 
@@ -91,9 +93,7 @@ class Record:
         """Write coefficients.bin: the model after the committed round `number`."""
         self.folder.write_bytes(COEFFICIENTS, self.rules.encoded(state, number))
 
-    def evaluated(
-        self, number: int, state: State, loss: Evaluation, text: Generation | None, phases: Mapping[str, float]
-    ) -> None:
+    def evaluated(self, number: int, state: State, loss: Evaluation, text: Generation | None, phases: Phases) -> None:
         """Write what was measured after round `number`: texts and best model first, so that they are never missing."""
         detail: dict[str, Any] = {
             "round": number,
@@ -103,7 +103,8 @@ class Record:
             "rouge_l": text.rouge_l if text else None,
             "rouge_l_papers": text.rouge_l_papers if text else None,
             "exact_match": text.exact_match if text else None,
-            "seconds": _rounded(phases),
+            "seconds": _rounded(phases.wall),
+            "cpu_seconds": _rounded(phases.cpu),
         }
         if all(loss.loss < number_of(other["eval_loss"]) for other in self.rows if other["round"] != number):
             self.folder.write_bytes(BEST, self.rules.encoded(state, number))
@@ -175,18 +176,22 @@ class Record:
 
 def _row(round: Round, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     """A line of metrics.jsonl."""
-    scores = evaluation or {}
+    scores, traffic = evaluation or {}, round.total
     return {
         "round": round.number,
         "clients": list(round.clients),
         "refused": dict(round.refused),
         **{name: scores.get(name) for name in _SCORES},
         "train_loss": round.train_loss,
-        "bytes_up": round.bytes_up,
-        "bytes_down": round.bytes_down,
-        "messages_up": round.messages_up,
-        "messages_down": round.messages_down,
+        "bytes_up": traffic.payload_up,
+        "bytes_down": traffic.payload_down,
+        "serialised_up": traffic.serialised_up,
+        "serialised_down": traffic.serialised_down,
+        "messages_up": traffic.messages_up,
+        "messages_down": traffic.messages_down,
+        "traffic": as_lists(round.traffic),
         "seconds": {**round.seconds, **scores.get("seconds", {})},
+        "cpu_seconds": {**round.cpu_seconds, **scores.get("cpu_seconds", {})},
         "digest": round.state.hex(),
     }
 
@@ -194,9 +199,7 @@ def _row(round: Round, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
 def summarise(config: RunConfig, rows: Sequence[Mapping[str, Any]], parameters: int, seconds: float) -> dict[str, Any]:
     """summary.json: before and after, what it cost beside FedAvg, and where it is."""
     best = min(rows, key=lambda row: number_of(row["eval_loss"]))
-    up, down, messages_up, messages_down = (
-        sum(row[key] for row in rows) for key in ("bytes_up", "bytes_down", "messages_up", "messages_down")
-    )
+    sent = total(traffic for row in rows for traffic in from_lists(row["traffic"]).values())
     return {
         "algorithm": config.algorithm,
         "family": config.family,
@@ -215,13 +218,19 @@ def summarise(config: RunConfig, rows: Sequence[Mapping[str, Any]], parameters: 
         "final_rouge_l": rows[-1]["rouge_l"],
         "initial_exact_match": rows[0]["exact_match"],
         "final_exact_match": rows[-1]["exact_match"],
-        "payload_bytes_up": up,
-        "payload_bytes_down": down,
-        "payload_bytes_up_per_client_round": round(up / messages_up, 1) if messages_up else 0.0,
-        "payload_bytes_down_per_client_round": round(down / messages_down, 1) if messages_down else 0.0,
-        "fedavg_bytes": 2 * BYTES_PER_WEIGHT * parameters * messages_down,
+        "payload_bytes_up": sent.payload_up,
+        "payload_bytes_down": sent.payload_down,
+        "payload_bytes_up_per_client_round": _each(sent.payload_up, sent.messages_up),
+        "payload_bytes_down_per_client_round": _each(sent.payload_down, sent.messages_down),
+        "serialised_bytes_up": sent.serialised_up,
+        "serialised_bytes_down": sent.serialised_down,
+        "serialised_bytes_up_per_client_round": _each(sent.serialised_up, sent.messages_up),
+        "serialised_bytes_down_per_client_round": _each(sent.serialised_down, sent.messages_down),
+        "fedavg_bytes": 2 * BYTES_PER_WEIGHT * parameters * sent.messages_down,
         "updates_refused": sum(len(row["refused"]) for row in rows),
         "seconds": seconds,
+        "cpu_seconds": round(sum(sum(row["cpu_seconds"].values()) for row in rows), 3),
+        "peak_memory_bytes": peak_memory(),
         "digest": rows[-1]["digest"],
         "out": config.out,
     }
@@ -241,6 +250,5 @@ def _rounded(phases: Mapping[str, float]) -> dict[str, float]:
     return {name: round(seconds, 4) for name, seconds in phases.items()}
 
 
-def _counts(tally: Tally) -> dict[str, int]:
-    names = ("bytes_up", "bytes_down", "messages_up", "messages_down")
-    return {name: getattr(tally, name) for name in names}
+def _each(bytes_sent: int, messages: int) -> float:
+    return round(bytes_sent / messages, 1) if messages else 0.0

@@ -7,8 +7,7 @@ on to the same end.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -21,6 +20,7 @@ from fedtune.progress import Note, RoundFinished, RunFinished, RunStarted, check
 from fedtune.resident import Resident, resident
 from server.opening import Opened
 from server.operate import Operator
+from server.phases import Phases
 from server.record import Record
 from server.strategy import CoefficientStrategy, is_behind
 
@@ -47,7 +47,7 @@ class Run:
         self.record = Record(opened)
         self.strategy = CoefficientStrategy(opened.rules, opened.state, self.record.dropped())
         self.operator = Operator(self.record, self.strategy)
-        self._phases: dict[str, float] = {}
+        self._phases = Phases()
 
     def execute(self) -> dict[str, object]:
         """All rounds that are left; returns the summary, which is also written to the folder.
@@ -136,7 +136,7 @@ class Run:
 
     def _round(self, number: int) -> bool:
         """One attempt at round `number`, and what follows from it; returns whether it had enough usable updates."""
-        self._phases = {}
+        self._phases = Phases()
         self._train(number, self.record.attempts(number) + 1)
         tally = self.strategy.tally
         if tally.short and self.config.short_round == "repeat":
@@ -149,10 +149,10 @@ class Run:
 
     def _train(self, number: int, attempt: int) -> None:
         strategy = self.strategy
-        with self._phase("prepare"):
+        with self._phases.measure("prepare"):
             config = ConfigRecord({"attempt": attempt})
             instructions = strategy.configure_train(number, ArrayRecord(), config, self.grid)
-        with self._phase("clients"):
+        with self._phases.measure("clients"):
             replies = self._exchange(instructions, self.config.round_timeout)
             strategy.note_sent(instructions)
             more = strategy.configure_catch_up(number, replies)
@@ -160,7 +160,7 @@ class Run:
                 replies = [reply for reply in replies if not is_behind(reply)]
                 replies += self._exchange(more, self.config.round_timeout)
                 strategy.note_sent(more)
-        with self._phase("aggregate"):
+        with self._phases.measure("aggregate"):
             strategy.aggregate_train(number, replies)
 
     def _exchange(self, messages: Sequence[Message], timeout: float) -> list[Message]:
@@ -194,16 +194,16 @@ class Run:
     def _evaluate(self, number: int) -> None:
         """Held-out loss; generated text only for the base and the final model."""
         config, here = self.config, self.here
-        self._phases = {}
-        with self._phase("rebuild"):
+        self._phases = Phases()
+        with self._phases.measure("rebuild"):
             here.replica.become(self.strategy.model, self.strategy.digest)
-        with self._phase("evaluate"):
+        with self._phases.measure("evaluate"):
             loss = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
         if not loss.finite:
             emit(Note(f"The held-out loss after round {number} is not finite: lower lr or server_lr.", warning=True))
         text = None
         if config.generate_samples and number in (0, config.rounds):
-            with self._phase("generate"):
+            with self._phases.measure("generate"):
                 count = config.generate_samples
                 text = generate(here.language_model, here.data.heldout[:count], here.data.heldout_samples[:count], config)
         self.record.evaluated(number, self.strategy.state, loss, text, self._phases)
@@ -216,9 +216,3 @@ class Run:
             f"{few} for {SHORT_ROUNDS} {rounds}. The last reasons: "
             + "; ".join(f"client {name}: {why}" for name, why in sorted(tally.refused.items()))
         )
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        self._phases[name] = self._phases.get(name, 0.0) + time.monotonic() - begun

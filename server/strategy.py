@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.serde import message_to_proto
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -25,6 +26,7 @@ from fedtune.progress import ClientFinished, Note, RoundStarted, emit
 from fedtune.redact import redact
 from fedtune.replay import Rules, read_update
 from fedtune.selftest import SelfTest, self_test
+from fedtune.traffic import Traffic
 from fedtune.wire import Instruction, Status, Update
 from server.admission import check_fit
 from server.sampling import natural_order, sample_clients
@@ -54,6 +56,7 @@ class Tally:
         clients: those that were asked; `refused` has the reason for each whose update was not used.
         updates, payloads: of the others, as read and as received.
         short: too few updates were usable, so none was used.
+        traffic: bytes and messages by client.
     """
 
     clients: list[str] = field(default_factory=list)
@@ -61,11 +64,12 @@ class Tally:
     updates: dict[str, Update] = field(default_factory=dict)
     payloads: dict[str, bytes] = field(default_factory=dict)
     short: bool = False
-    bytes_up: int = 0
-    bytes_down: int = 0
-    messages_up: int = 0
-    messages_down: int = 0
+    traffic: dict[str, Traffic] = field(default_factory=dict)
     train_loss: float = math.nan
+
+    def count(self, client: str, traffic: Traffic) -> None:
+        """Add to what the client's messages of this round weigh."""
+        self.traffic[client] = self.traffic.get(client, Traffic()) + traffic
 
 
 class CoefficientStrategy(Strategy):
@@ -167,8 +171,10 @@ class CoefficientStrategy(Strategy):
     def configure_catch_up(self, server_round: int, replies: Iterable[Message]) -> list[Message]:
         """Complete instructions for the clients that answered that they lack pools (they restarted, say)."""
         client_of = {message_id: client for client, message_id in self._asked.items()}
-        behind = [client_of[_answers(reply)] for reply in replies if _answers(reply) in client_of and is_behind(reply)]
-        for client in behind:
+        late = [reply for reply in replies if _answers(reply) in client_of and is_behind(reply)]
+        behind = [client_of[_answers(reply)] for reply in late]
+        for client, reply in zip(behind, late, strict=True):
+            self.tally.count(client, sent_up(reply))
             self.clients[client].pools_held, self.clients[client].known = 0, None
         return [self._instruct(server_round, client) for client in behind]
 
@@ -176,7 +182,9 @@ class CoefficientStrategy(Strategy):
         """Remember the message ids, which Flower assigns when messages are pushed."""
         node_to_client = {client.node: name for name, client in self.clients.items()}
         for message in sent:
-            self._asked[node_to_client[message.metadata.dst_node_id]] = message.metadata.message_id
+            client = node_to_client[message.metadata.dst_node_id]
+            self._asked[client] = message.metadata.message_id
+            self.tally.count(client, sent_down(message))
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Use every valid update, refuse the others by name, and move the state; too few of them leave it as it is."""
@@ -187,6 +195,7 @@ class CoefficientStrategy(Strategy):
             if client is None:
                 emit(Note("A reply that nobody asked for was ignored.", warning=True))
                 continue
+            tally.count(client, sent_up(reply))
             try:
                 tally.updates[client], tally.payloads[client] = self._read(server_round, reply)
                 self.clients[client].pools_held = len(self._model.pools) - 1
@@ -221,8 +230,6 @@ class CoefficientStrategy(Strategy):
             known=known.known,
         )
         payload = wire.encode_instruction(instruction, self.config.coefficient_bits)
-        self.tally.bytes_down += len(payload)
-        self.tally.messages_down += 1
         content = RecordDict({RECORD: ConfigRecord({"payload": payload, "seconds": working_seconds(self.config)})})
         return Message(
             content,
@@ -236,8 +243,6 @@ class CoefficientStrategy(Strategy):
         payload = _content(reply).get("payload")
         if not isinstance(payload, bytes):
             raise errors.MalformedMessageError("The reply carries no payload of bytes.")
-        self.tally.bytes_up += len(payload)
-        self.tally.messages_up += 1
         update = read_update(self.rules, self.state, payload, round=server_round, digest=self._digest)
         if update.status == Status.NOT_FINITE:
             raise NonFiniteError(
@@ -308,6 +313,25 @@ def _content(reply: Message) -> ConfigRecord:
         known = isinstance(kind, type) and issubclass(kind, FedtuneError)
         raise (kind if known else FedtuneError)(str(record.get("text", "")))
     return record
+
+
+def sent_down(message: Message) -> Traffic:
+    """What an instruction weighs."""
+    payload, serialised = _weight(message)
+    return Traffic(payload_down=payload, serialised_down=serialised, messages_down=1)
+
+
+def sent_up(reply: Message) -> Traffic:
+    """What a client's answer weighs; only one with a payload counts as a message of a round."""
+    payload, serialised = _weight(reply)
+    return Traffic(payload_up=payload, serialised_up=serialised, messages_up=1 if payload else 0)
+
+
+def _weight(message: Message) -> tuple[int, int]:
+    """Bytes of the payload, and of the message as Flower serialises it."""
+    record = None if message.has_error() else message.content.config_records.get(RECORD)
+    payload = record.get("payload") if record else None
+    return len(payload) if isinstance(payload, bytes) else 0, message_to_proto(message).ByteSize()
 
 
 def working_seconds(config: RunConfig) -> float:

@@ -27,8 +27,10 @@ from fedtune.errors import (
 from fedtune.layout import Layout
 from fedtune.ledger import Header, Ledger, Round, Used
 from fedtune.ledger_file import FORMAT, LEDGER
+from fedtune.numbers import round_scalars
 from fedtune.replay import Rules, read_update, restore, snapshot_of
 from fedtune.seeds import Stream
+from fedtune.traffic import Traffic
 from fedtune.verify import verify
 from fedtune.wire import Status, Update
 
@@ -74,7 +76,16 @@ def go_on(ledger: Ledger, rules: Rules, rounds: int, clients: int = 2, most: int
         asked = (*payloads, "late")
         ledger.commit_round(
             Round(
-                number, 1, asked, {"late": "no answer"}, 1.5, 10, 20, 2, 3, {"clients": 0.5}, 1.0 * number, rules.digest(state)
+                number,
+                1,
+                asked,
+                {"late": "no answer"},
+                1.5,
+                {"0": Traffic(10, 20, 110, 120, 2, 3)},
+                {"clients": 0.5},
+                {"clients": 0.4},
+                1.0 * number,
+                rules.digest(state),
             ),
             [Used(client, weights[client], data) for client, data in payloads.items()],
             rules.closed(state)[len(ledger.pools()) :],
@@ -93,7 +104,7 @@ def update_of(rules: Rules, number: int, client: int, digest: bytes, most: int) 
         size = int(counts.sum())
     scalars = stream.normal(size).astype(np.float32)
     steps = rules.config.local_steps
-    return Update(number, digest, Status.FINISHED, steps, 10 + client, 1.5, wire.round_scalars(scalars, 16), counts)
+    return Update(number, digest, Status.FINISHED, steps, 10 + client, 1.5, round_scalars(scalars, 16), counts)
 
 
 @pytest.fixture
@@ -112,11 +123,12 @@ def test_a_ledger_is_read_as_it_was_written(run: tuple[Ledger, Rules]) -> None:
     assert (ledger.last, len(ledger.pools())) == (5, 2)
     assert Rules.of(ledger.header) == rules
     row = ledger.round(3)
-    assert (row.clients, row.refused, row.bytes_down, row.seconds) == (
+    assert (row.clients, row.refused, row.total.serialised_down, row.seconds, row.cpu_seconds) == (
         ("0", "1", "late"),
         {"late": "no answer"},
-        20,
+        120,
         {"clients": 0.5},
+        {"clients": 0.4},
     )
     assert [update.client for update in ledger.updates(3)] == ["0", "1"]
     assert sum(update.share for update in ledger.updates(3)) == pytest.approx(1.0)

@@ -79,8 +79,8 @@ def _table(rounds: list[Round], losses: Mapping[int, float | None]) -> Table:
             " ".join(row.refused),
             in_loss(row.train_loss),
             in_loss(losses.get(row.number)),
-            in_bytes(row.bytes_up),
-            in_bytes(row.bytes_down),
+            in_bytes(row.total.payload_up),
+            in_bytes(row.total.payload_down),
             in_time(sum(row.seconds.values())),
             row.state.hex()[:8],
         )

@@ -166,7 +166,7 @@ def test_a_short_round_is_repeated_with_other_clients_until_it_is_not(settings: 
         assert ledger.round(2).attempt == 3
         attempts = list(ledger.events("attempt"))
         assert [event.detail["round"] for event in attempts] == [2, 2]
-        assert ledger.round(2).messages_down == 6
+        assert ledger.round(2).total.messages_down == 6
         assert ledger.round(2).clients == sample_clients(once, 2, {str(client): 1 for client in range(4)}, 3)
 
 
