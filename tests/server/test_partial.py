@@ -116,10 +116,7 @@ def test_a_deadline_returns_the_steps_that_are_done(name: str, settings: Setting
 def _steps(ledger: Ledger, payload: bytes) -> int:
     rules = Rules.of(ledger.header)
     state = rules.start()
-    return wire.decode_update(
-        payload, kind=rules.algorithm.kind, round=1, digest=rules.digest(state), max_steps=rules.config.local_steps,
-        blocks=rules.layout.blocks, max_count=state.pool.size, bits=16, per_step=rules.config.directions_per_step,
-    ).steps  # fmt: skip
+    return read_update(rules, state, payload, round=1, digest=rules.digest(state)).steps
 
 
 def test_a_client_is_told_to_stop_a_little_before_the_server_does(settings: Settings) -> None:
