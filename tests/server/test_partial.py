@@ -19,7 +19,7 @@ from fedtune.config import RunConfig
 from fedtune.errors import ContradictionError, DivergedError
 from fedtune.ledger import Ledger
 from fedtune.progress import ClientStep, Event, listening
-from fedtune.replay import Rules, restore
+from fedtune.replay import Rules, read_update, restore
 from fedtune.verify import verify
 from server.sampling import sample_clients
 from server.strategy import working_seconds
