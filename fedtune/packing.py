@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.coefficients import EXACT_SUM, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients
+from fedtune.coefficients import MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, StaleReplicaError
 
@@ -27,6 +27,7 @@ Known = Callable[[], PoolCoefficients | None]
 """Gives the coefficients of a pool that the reader has from an earlier round, if any."""
 
 WIDEST = 25  # bits of a difference of two coefficients of 24 bits
+WHOLE_BYTES = {8: "<u1", 16: "<u2", 32: "<u4"}  # widths whose bit planes are numbers of numpy
 LARGEST = 2**23 - 1  # the largest coefficient of any grid
 
 
@@ -42,18 +43,27 @@ class Form(IntEnum):
 def pack_integers(q: npt.NDArray[np.int32], bits: int) -> bytes:
     """int32 [n], each in -2^(bits-1)+1 .. 2^(bits-1)-1, to ceil(n * bits / 8) bytes, lowest bit first."""
     shifted = (q.astype(np.int64) + (1 << (bits - 1))).astype(np.uint32)
+    if bits in WHOLE_BYTES:
+        return shifted.astype(WHOLE_BYTES[bits]).tobytes()
     planes = ((shifted[:, None] >> np.arange(bits, dtype=np.uint32)) & 1).astype(np.uint8)
     return np.packbits(planes.reshape(-1), bitorder="little").tobytes()
 
 
 def unpack_integers(data: bytes, count: int, bits: int) -> npt.NDArray[np.int32]:
     """The inverse of `pack_integers`. Raises MalformedMessageError for a value or padding that it never writes."""
+    if bits in WHOLE_BYTES:
+        values = np.frombuffer(data, dtype=WHOLE_BYTES[bits])[:count].astype(np.int64)
+        return _centred(values, bits)
     flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
     if flat[count * bits :].any():
         raise MalformedMessageError("Padding bits are set.")
     planes = flat[: count * bits].reshape(count, bits).astype(np.int64)
-    values = (planes << np.arange(bits)).sum(axis=1)
-    if count and int(values.min()) == 0:
+    return _centred((planes << np.arange(bits)).sum(axis=1), bits)
+
+
+def _centred(values: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.int32]:
+    """The whole numbers that were shifted to be positive."""
+    if values.size and int(values.min()) == 0:
         raise MalformedMessageError("A coefficient is outside its grid.")
     return np.asarray(values - (1 << (bits - 1)), dtype=np.int32)
 
@@ -70,7 +80,7 @@ def encode_pool(coefficients: PoolCoefficients, bits: int, known: PoolCoefficien
         lambda: bytes([Form.SPARSE]) + exponents + _pack_sparse(flat, bits),
     ]
     lengths = [_packed_length(flat.size, bits), _sparse_length(flat, bits)]
-    if known is not None and known.pool == coefficients.pool:
+    if known is not None and known.pool == coefficients.pool and not known.pool.disjoint:
         change = flat - _on_grid(known, coefficients.exponents).reshape(-1)
         width = max(2, int(np.abs(change).max()).bit_length() + 1)
         start = exponents + known.identity[:8] + bytes([width])
@@ -148,7 +158,7 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
     form = reader.take(1)[0]
     if form == Form.ZERO:
         return PoolCoefficients(pool, np.zeros((blocks, pool.size), np.int32), np.zeros(blocks, np.int32))
-    if form not in tuple(Form):
+    if form not in tuple(Form) or (form == Form.DIFFERENCE and pool.disjoint):
         raise MalformedMessageError(f"There is no form {form} of coefficients.")
     exponents = np.frombuffer(reader.take(blocks), dtype="<i1").astype(np.int32)
     if (exponents < MIN_EXPONENT).any() or (exponents > MAX_EXPONENT).any():
@@ -160,7 +170,7 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
     else:
         q = _apply_difference(reader, exponents, size, bits, known)
     q = q.reshape(blocks, pool.size)
-    if (np.abs(q.astype(np.int64)).sum(axis=1) > EXACT_SUM).any():
+    if not summable(pool, q, exponents):
         raise MalformedMessageError("The coefficients of a block are too large for exact sums.")
     return PoolCoefficients(pool, q, exponents)
 

@@ -10,10 +10,11 @@ byte, and raises a WireError for anything it does not expect; nothing is unpickl
     identity 8 | form u8 (0 zero, 1 dense, 2 sparse, 3 difference) [| exponents L x i8
     [| names what it differs from 8 | bits u8] [| bitmap ceil(L K / 8)] | packed values]
   update (client to server)
-    "FT" version kind=2|3 | round u32 | digest of the model it started from 16 | status u8 | steps u32 | examples u32
+    "FT" version kind=2|3|4 | round u32 | digest of the model it started from 16 | status u8 | steps u32 | examples u32
     | mean training loss f32
     kind 2 (scalars):      steps x P x scalar
     kind 3 (coordinates):  L x u16 counts | sum of counts x scalar
+    kind 4 (weights):      d x scalar; nothing with status 1
 A scalar is a float32, or its upper 16 bits (bfloat16, rounded to nearest even).
 """
 
@@ -48,6 +49,7 @@ class Kind(IntEnum):
     INSTRUCTION = 1
     SCALARS = 2
     COORDINATES = 3
+    WEIGHTS = 4
 
 
 class Status(IntEnum):
@@ -92,8 +94,9 @@ class Update:
         examples: training samples that the client owns (the weight of its update).
         train_loss: mean over the steps.
         scalars: float32 [steps * P] scalar gradients (FedKSeed, P in each step), or float32 [sum of counts] coordinates
-            (Ferret).
-        counts: int64 [L], coordinates in each block (Ferret); empty for FedKSeed.
+            (Ferret), or float32 [d], the change of every weight in layout order (FedAvg; none if `status` is NOT_FINITE).
+        counts: int64 [L], coordinates in each block (Ferret); empty for the others.
+        weights: whether `scalars` are changes of weights.
     """
 
     round: int
@@ -104,6 +107,14 @@ class Update:
     train_loss: float
     scalars: F32
     counts: npt.NDArray[np.int64]
+    weights: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Of its message."""
+        if self.weights:
+            return Kind.WEIGHTS
+        return Kind.COORDINATES if self.counts.size else Kind.SCALARS
 
 
 # ---------------------------------------------------------------------------------------------------- scalars
@@ -190,12 +201,11 @@ def decode_instruction(
 
 
 def encode_update(update: Update, bits: int) -> bytes:
-    """An update as bytes; `bits` per scalar. Kind 3 if it has counts."""
-    kind = Kind.COORDINATES if update.counts.size else Kind.SCALARS
+    """An update as bytes; `bits` per scalar."""
     fields = (update.digest, update.status, update.steps, update.examples, update.train_loss)
     return b"".join(
         [
-            _HEAD.pack(MAGIC, VERSION, kind, update.round),
+            _HEAD.pack(MAGIC, VERSION, update.kind, update.round),
             _UPDATE.pack(*fields),
             update.counts.astype("<u2").tobytes(),
             pack_scalars(update.scalars, bits),
@@ -214,18 +224,20 @@ def decode_update(
     max_count: int,
     bits: int,
     per_step: int = 1,
+    parameters: int = 0,
 ) -> Update:
     """Read a client's update and refuse what the round did not ask for.
 
     Args:
         data: the message.
-        kind: SCALARS or COORDINATES.
+        kind: SCALARS, COORDINATES or WEIGHTS.
         round, digest: what was asked.
         max_steps: most local steps.
         blocks: L (COORDINATES).
         max_count: most coordinates a block can have, the size of the pool (COORDINATES).
         bits: per scalar.
         per_step: scalars of each step (SCALARS).
+        parameters: d (WEIGHTS).
 
     Raises:
         MalformedMessageError: wrong length, magic, version or count.
@@ -250,11 +262,13 @@ def decode_update(
         if (counts > max_count).any():
             raise MalformedMessageError(f"A block has {int(counts.max())} coordinates; the pool has {max_count} seeds.")
         length = int(counts.sum())
+    elif kind == Kind.WEIGHTS:
+        length = parameters if status == Status.FINISHED else 0
     scalars = unpack_scalars(reader.take(length * bits // 8), bits)
     reader.finish()
     if not (np.isfinite(scalars).all() and np.isfinite(loss)):
         raise NonFiniteError("The update contains a number that is not finite.")
-    return Update(number, digest, Status(status), steps, examples, loss, scalars, counts)
+    return Update(number, digest, Status(status), steps, examples, loss, scalars, counts, kind == Kind.WEIGHTS)
 
 
 def _read_head(reader: Reader, kind: Kind) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fedtune.algorithms import State
+from fedtune.algorithms import ALGORITHMS, State
 from fedtune.algorithms.base import shares
 from fedtune.config import RunConfig
 from fedtune.errors import RunFolderError
@@ -166,9 +166,9 @@ class Record:
 
     # ------------------------------------------------------------------ the end
 
-    def finish(self, parameters: int) -> dict[str, Any]:
-        """Write summary.json; returns it."""
-        summary = summarise(self.config, self.rows, parameters, self.elapsed)
+    def finish(self, parameters: int, base: int) -> dict[str, Any]:
+        """Write summary.json; returns it. `parameters` are those that are tuned, `base` those of the base model."""
+        summary = summarise(self.config, self.rows, parameters, base, self.elapsed)
         self.folder.write_json(SUMMARY, summary)
         return summary
 
@@ -191,7 +191,9 @@ def _row(round: Round, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def summarise(config: RunConfig, rows: Sequence[Mapping[str, Any]], parameters: int, seconds: float) -> dict[str, Any]:
+def summarise(
+    config: RunConfig, rows: Sequence[Mapping[str, Any]], parameters: int, base: int, seconds: float
+) -> dict[str, Any]:
     """summary.json: before and after, what it cost beside FedAvg, and where it is."""
     best = min(rows, key=lambda row: number_of(row["eval_loss"]))
     up, down, messages_up, messages_down = (
@@ -199,7 +201,7 @@ def summarise(config: RunConfig, rows: Sequence[Mapping[str, Any]], parameters: 
     )
     return {
         "algorithm": config.algorithm,
-        "family": config.family,
+        "family": ALGORITHMS[config.algorithm].family_of(config),
         "seed": config.seed,
         "rounds": config.rounds,
         "clients": config.clients,
@@ -219,7 +221,7 @@ def summarise(config: RunConfig, rows: Sequence[Mapping[str, Any]], parameters: 
         "payload_bytes_down": down,
         "payload_bytes_up_per_client_round": round(up / messages_up, 1) if messages_up else 0.0,
         "payload_bytes_down_per_client_round": round(down / messages_down, 1) if messages_down else 0.0,
-        "fedavg_bytes": 2 * BYTES_PER_WEIGHT * parameters * messages_down,
+        "fedavg_bytes": 2 * BYTES_PER_WEIGHT * base * messages_down,
         "updates_refused": sum(len(row["refused"]) for row in rows),
         "seconds": seconds,
         "digest": rows[-1]["digest"],

@@ -127,7 +127,8 @@ class CoefficientStrategy(Strategy):
             except FedtuneError as problem:
                 problems.append(problem)
                 emit(Note(f"A client was refused: {problem}", warning=True))
-        needed = min(self.config.asked_per_round, self.config.clients - len(self.dropped))
+        asked = 1 if self.config.alone else self.config.asked_per_round
+        needed = min(asked, self.config.clients - len(self.dropped))
         if len(self.clients) < needed:
             raise (
                 problems[0]
@@ -189,7 +190,8 @@ class CoefficientStrategy(Strategy):
             try:
                 tally.updates[client], tally.payloads[client] = self._read(server_round, reply)
                 self.clients[client].pools_held = len(self._model.pools) - 1
-                self.clients[client].known = self._model.pools[-1]
+                newest = self._model.pools[-1]
+                self.clients[client].known = None if newest.pool.disjoint else newest
                 self._finished(server_round, client, "")
             except FedtuneError as problem:
                 self.clients[client].known = None
@@ -219,8 +221,9 @@ class CoefficientStrategy(Strategy):
             known=known.known,
         )
         payload = wire.encode_instruction(instruction, self.config.coefficient_bits)
-        self.tally.bytes_down += len(payload)
-        self.tally.messages_down += 1
+        if not self.config.alone:
+            self.tally.bytes_down += len(payload)
+            self.tally.messages_down += 1
         content = RecordDict({RECORD: ConfigRecord({"payload": payload, "seconds": working_seconds(self.config)})})
         return Message(
             content,
@@ -234,12 +237,13 @@ class CoefficientStrategy(Strategy):
         payload = _content(reply).get("payload")
         if not isinstance(payload, bytes):
             raise errors.MalformedMessageError("The reply carries no payload of bytes.")
-        self.tally.bytes_up += len(payload)
-        self.tally.messages_up += 1
+        if not self.config.alone:
+            self.tally.bytes_up += len(payload)
+            self.tally.messages_up += 1
         update = read_update(self.rules, self.state, payload, round=server_round, digest=self._digest)
         if update.status == Status.NOT_FINITE:
             raise NonFiniteError(
-                f"the loss was not finite after {update.steps} of {self.config.local_steps} steps: "
+                f"the loss was not finite after {update.steps} of {self.config.client_steps} steps: "
                 "the update is not used (lower lr or eps)"
             )
         if not update.steps:
@@ -290,7 +294,7 @@ class CoefficientStrategy(Strategy):
     def summary(self) -> None:
         """Say what this strategy is."""
         shape = f"{self.layout.blocks} x {self.state.pool.size} coefficients"
-        emit(Note(f"{self.algorithm.name}: {self.layout.numel:,} parameters, {shape}, family {self.config.family}"))
+        emit(Note(f"{self.algorithm.name}: {self.layout.numel:,} parameters, {shape}, family {self.state.pool.family}"))
 
 
 def _content(reply: Message) -> ConfigRecord:
