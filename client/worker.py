@@ -82,11 +82,14 @@ class Worker:
         replica.touch()
         work = here.work(identity.client, self._samples(identity), instruction.round, instruction.pools[-1].pool)
         update = algorithm.local_update(replace(work, deadline=deadline), config, instruction)
-        keep = [*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in instruction.pools)]
+        differs = [pool for pool in instruction.pools if not pool.pool.disjoint]  # the others are never built upon
+        keep = [*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in differs)]
         chosen = bool(instruction.counts.size)  # by the server, which knows them
         return wire.encode_update(update, config.scalar_bits, with_counts=not chosen), keep
 
     def _samples(self, identity: Identity) -> tuple[Encoded, ...]:
+        if identity.data and self.config.algorithm == "central":
+            raise ConfigError("algorithm = central trains on the data of all clients in one place: leave the node's data away.")
         if identity.data:
             return _own_file(self.config, identity.data, source_digest(identity.data))
         shares = self._resident.data.clients
@@ -95,7 +98,7 @@ class Worker:
                 f"This node is client {identity.partition} but the data is divided over {len(shares)}: "
                 "set clients to the number of nodes, or give the node its own file with --node-config 'data=\"PATH\"'."
             )
-        return shares[identity.partition]
+        return tuple(self._resident.algorithm.samples(shares, identity.partition))
 
     def _pool(self, number: int) -> Pool:
         here = self._resident

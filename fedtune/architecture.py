@@ -75,7 +75,7 @@ def layout_of_architecture(config: RunConfig) -> Layout:
 def _built(model_config: Any, config: RunConfig) -> torch.nn.Module:
     build: Any = AutoModelForCausalLM.from_config
     model: torch.nn.Module = build(model_config, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
-    return model.eval()
+    return ALGORITHMS[config.algorithm].adapt(model, config).eval()
 
 
 def _longest(config: RunConfig) -> Batch:

@@ -3,7 +3,8 @@
     w = w0 + sum over pools of sum_l sum_k (q[l,k] * 2^e[l]) z[l,k]
 
 The grid is what makes the model the same everywhere: with +-1 directions and sum_k |q[l,k]| <= 2^24 every partial sum is
-exact in float32, in any order and on any device. It is also the wire format. The server accumulates in float64 and
+exact in float32, in any order and on any device. Directions that share no position (family `axes`) need no such limit: a
+weight takes one number, rounded to float32 once. It is also the wire format. The server accumulates in float64 and
 publishes the rounded values, so rounding errors do not add up over the rounds.
 """
 
@@ -23,6 +24,7 @@ from fedtune.errors import NonFiniteError
 I32 = npt.NDArray[np.int32]
 EXACT_SUM = 2**24  # the largest whole number up to which float32 counts exactly
 MIN_EXPONENT, MAX_EXPONENT = -120, 100  # sums of coefficients stay normal float32 numbers
+WIDE_BITS = 8  # bits that a coefficient without sums may have above 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class PoolCoefficients:
 
     @cached_property
     def values(self) -> F32:
-        """float32 [L, K], exact."""
+        """float32 [L, K]: exact up to 24 bits, else rounded once."""
         return np.ldexp(self.q.astype(np.float32), self.exponents[:, None]).astype(np.float32)
 
     @property
@@ -73,13 +75,20 @@ class Coefficients:
         return state.digest()[:16]
 
 
+def summable(pool: Pool, q: I32, exponents: I32) -> bool:
+    """Whether coefficients can be added to float32 weights everywhere alike: their sums are exact, or there are none."""
+    if pool.disjoint:
+        return bool((exponents[q.any(axis=1)] <= MAX_EXPONENT - WIDE_BITS).all())
+    return not any(int(np.abs(row.astype(np.int64)).sum()) > EXACT_SUM for row in q)
+
+
 def quantise(pool: Pool, values: F64, bits: int) -> PoolCoefficients:
     """Round `values` to the finest grid that `bits` per coefficient and exact float32 sums allow, block by block.
 
     Args:
         pool: whose coefficients they are.
         values: float64 [L, K].
-        bits: 2 .. 24; |q| <= 2^(bits-1) - 1.
+        bits: 2 .. 24, or .. 32 for directions that share no position; |q| <= 2^(bits-1) - 1.
 
     Raises:
         NonFiniteError: a value is not finite, or too large for float32.
@@ -87,19 +96,20 @@ def quantise(pool: Pool, values: F64, bits: int) -> PoolCoefficients:
     if not np.isfinite(values).all():
         raise NonFiniteError("A coefficient is not finite: the state is left as it was. Lower lr.")
     limit = 2 ** (bits - 1) - 1
+    highest = MAX_EXPONENT - WIDE_BITS if pool.disjoint else MAX_EXPONENT
     q = np.zeros(values.shape, dtype=np.int32)
     exponents = np.zeros(values.shape[0], dtype=np.int32)
     for block, row in enumerate(values):
-        largest, total = float(np.abs(row).max(initial=0.0)), float(np.abs(row).sum())
+        largest, total = float(np.abs(row).max(initial=0.0)), 0.0 if pool.disjoint else float(np.abs(row).sum())
         if largest == 0.0:
             continue
         step = max(largest / limit, total / EXACT_SUM)
         exponent = max(math.frexp(step)[1] - 1, MIN_EXPONENT)
         while True:
-            if exponent > MAX_EXPONENT:
+            if exponent > highest:
                 raise NonFiniteError(f"A coefficient of {largest:.3g} is too large for float32 weights. Lower lr.")
             rounded = np.rint(np.ldexp(row, -exponent))
-            if np.abs(rounded).max() <= limit and np.abs(rounded).sum() <= EXACT_SUM:
+            if np.abs(rounded).max() <= limit and (pool.disjoint or np.abs(rounded).sum() <= EXACT_SUM):
                 break
             exponent += 1
         q[block] = rounded.astype(np.int32)

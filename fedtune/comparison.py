@@ -104,6 +104,8 @@ def compare(a: Delta, b: Delta) -> Comparison:
 def _products(one: PoolCoefficients | None, other: PoolCoefficients | None, sizes: F64) -> F64:
     """float64 [3, L]: <a, a>, <b, b> and <a, b> of each block."""
     products = np.zeros((3, len(sizes)))
+    if any(pool is not None and pool.pool.disjoint for pool in (one, other)):
+        sizes = np.ones_like(sizes)  # axes have norm 1
     for row, pool in enumerate((one, other)):
         if pool is not None:
             products[row] = sizes * np.square(pool.values.astype(np.float64)).sum(axis=1)

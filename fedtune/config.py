@@ -19,23 +19,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
-
-Scalar = bool | int | float | str
-
-_ONLY_FEDKSEED = ("eps", "directions_per_step")
-_ONLY_FERRET = (
-    "server_lr",
-    "anneal",
-    "momentum",
-    "accumulate",
-    "clip_norm",
-    "pool_size",
-    "blocks",
-    "allocation",
-    "reconstruction",
-    "coordinates",
-)
+from fedtune import methods
+from fedtune.contradictions import refuse_contradictions
+from fedtune.errors import ConfigError, UnknownSettingError
+from fedtune.methods import Scalar as Scalar  # noqa: PLC0414 (a name of this module for others)
 
 _ALIASES = {  # what others call a setting, for the hint in an error
     "learning_rate": "lr",
@@ -71,15 +58,22 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
     # ------------------------------------------------------------------ the method
-    algorithm: Literal["fedkseed", "fedkseed-pro", "ferret"] = Field(
-        "fedkseed", description="fedkseed, fedkseed-pro (arXiv 2312.06353) or ferret (arXiv 2409.06277)"
+    algorithm: Literal["fedkseed", "fedkseed-pro", "ferret", "fedavg", "lora", "fedzo", "decomfl", "local", "central"] = Field(
+        "fedkseed",
+        description="fedkseed, fedkseed-pro (arXiv 2312.06353) or ferret (arXiv 2409.06277); to compare with: fedavg (full "
+        "weights), lora (FedIT), fedzo, decomfl (arXiv 2405.15861), local (one client alone), central (all data in one place)",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="names every random stream of the run")
     rounds: int = Field(10, ge=1, le=1_000_000, description="server rounds")
     clients: int = Field(8, ge=1, le=1_000_000, description="clients in the federation (nodes to wait for in a deployment)")
     client_fraction: float = Field(0.5, gt=0, le=1, description="share of the clients asked each round (m in the papers)")
     clients_per_round: int = Field(0, ge=0, description="number asked each round; 0: from client_fraction")
-    local_steps: int = Field(50, ge=1, description="optimisation steps per client and round (tau in FedKSeed, T in Ferret)")
+    local_steps: int = Field(
+        50,
+        ge=1,
+        description="optimisation steps per client and round (tau in FedKSeed, T in Ferret); central does those of all clients "
+        "that a round would ask",
+    )
     batch_size: int = Field(1, ge=1, description="samples per step (micro-batch for Ferret)")
     lr: float = Field(3e-5, gt=0, description="local learning rate (eta)")
     sampling: Literal["uniform", "examples"] = Field(
@@ -93,30 +87,31 @@ class RunConfig(BaseModel):
         ge=2,
         le=65536,
         description="fedkseed: candidate seeds in the pool; ferret: coordinates that a client sends in a round "
-        "(with allocation official: candidate seeds in the pool, as in its code)",
+        "(with allocation official: candidate seeds in the pool, as in its code); the others have no use for it",
     )
     # ------------------------------------------------------------------ fedkseed
     eps: float = Field(5e-4, gt=0, description="half the distance between the two evaluations of a step")
     directions_per_step: int = Field(
-        1, ge=1, le=65536, description="fedkseed: directions whose slopes a step measures on its batch and averages"
+        1, ge=1, le=65536, description="directions whose slopes a step measures on its batch and averages (P in DeComFL)"
     )
     # ------------------------------------------------------------------ ferret
-    server_lr: float = Field(1.0, gt=0, description="step of the server along the reconstructed update (1: as measured)")
+    server_lr: float = Field(1.0, gt=0, description="step of the server along the mean update (1: as measured)")
     anneal: Literal["none", "linear", "cosine"] = Field("none", description="schedule of server_lr over the rounds")
     momentum: float = Field(0.0, ge=0, lt=1, description="ferret: server momentum on the coordinates (fixed pool only)")
     optimizer: Literal["sgd", "momentum", "adamw"] = Field(
         "sgd",
-        description="ferret: rule of the local steps (the paper uses sgd); momentum and adamw keep one or two float32 copies "
-        "of the weights in memory and start afresh every round; adamw: betas 0.9 and 0.999, no weight decay",
+        description="rule of first-order local steps (Ferret's paper uses sgd); momentum and adamw keep one or two float32 "
+        "copies of the weights in memory and start afresh every round; adamw: betas 0.9 and 0.999, no weight decay",
     )
-    local_momentum: float = Field(0.9, ge=0, lt=1, description="ferret: momentum of optimizer momentum")
+    local_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of optimizer momentum")
     accumulate: int = Field(
-        1, ge=1, description="ferret: micro-batches per step (n_accum); above 1 all gradients are in memory"
+        1, ge=1, description="first order: micro-batches per step (n_accum); above 1 all gradients are in memory"
     )
     clip_norm: float = Field(
         0.0,
         ge=0,
-        description="ferret: gradient norm above which a local step is scaled down; 0: off (else all gradients are in memory)",
+        description="first order: gradient norm above which a local step is scaled down; 0: off (else all gradients are in "
+        "memory)",
     )
     pool_size: int = Field(0, ge=0, le=65536, description="ferret: most coordinates one block can get; 0: chosen from K")
     blocks: Literal["auto", "one", "grouped", "tensor"] = Field(
@@ -137,6 +132,14 @@ class RunConfig(BaseModel):
         description="ferret: seeds that a client projects on: its own choice from the pool, so that errors average over "
         "clients; shared: the same for all, so that a round is K numbers on the way down too",
     )
+    # ------------------------------------------------------------------ the methods to compare with
+    lora_rank: int = Field(8, ge=1, le=1024, description="lora: rank of an adapter")
+    lora_alpha: float = Field(16.0, gt=0, description="lora: an adapter's product is scaled by lora_alpha / lora_rank")
+    lora_targets: str = Field(
+        "auto",
+        description="lora: names of the layers that get an adapter, with commas between; auto: all linear ones but the head",
+    )
+    only_client: str = Field("", description="local: id of the client that trains; '': the first")
     # ------------------------------------------------------------------ directions
     family: Literal["hadamard", "rademacher", "gaussian", "lowrank", "torch", "torch-truncated"] = Field(
         "hadamard",
@@ -147,9 +150,16 @@ class RunConfig(BaseModel):
     rank: int = Field(1, ge=1, le=256, description="lowrank: rank of a matrix's direction")
     pool_every: int = Field(0, ge=0, description="rounds after which a fresh pool is drawn; 0: one pool for the run")
     # ------------------------------------------------------------------ wire
-    coefficient_bits: int = Field(8, ge=2, le=24, description="bits per coefficient on the way down")
-    scalar_bits: Literal[4, 8, 16, 32] = Field(
-        16, description="bits per scalar gradient or coordinate on the way up (4: coordinates only)"
+    coefficient_bits: int = Field(
+        0,
+        ge=0,
+        le=32,
+        description="bits per coefficient on the way down, 2 to 24 (full weights: to 32); 0: 8, for full weights 32",
+    )
+    scalar_bits: Literal[0, 4, 8, 16, 32] = Field(
+        0,
+        description="bits per scalar gradient, coordinate or weight on the way up (4: coordinates only, 8: not for weights); "
+        "0: 16, for full weights 32",
     )
     # ------------------------------------------------------------------ model
     model: str = Field("embedded", description="folder, hub name, or 'embedded' (ships with fedtune)")
@@ -254,97 +264,33 @@ class RunConfig(BaseModel):
             raise ConfigError(f"Preset '{source}' is not valid TOML: {error}.") from None
         return cls.from_mapping({**values, **(overrides or {})})
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_algorithm(cls, values: Any) -> Any:
+        """Fill in what depends on the algorithm, so that a config says what is used."""
+        return methods.filled(values, cls.model_fields["algorithm"].default) if isinstance(values, Mapping) else values
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.clients_per_round > self.clients:
-            raise ContradictionError(
-                f"clients_per_round = {self.clients_per_round} but there are only {self.clients} clients: "
-                "lower clients_per_round or raise clients.",
-                clients_per_round=self.clients_per_round,
-                clients=self.clients,
-            )
-        if self.min_replies > self.invited_per_round:
-            raise ContradictionError(
-                f"min_replies = {self.min_replies} but a round asks {self.invited_per_round} clients: "
-                "lower min_replies, or raise clients_per_round or over_selection.",
-                min_replies=self.min_replies,
-                invited=self.invited_per_round,
-            )
-        if self.holdout_category and self.holdout_file:
-            raise ContradictionError("holdout_category and holdout_file exclude each other: keep one of them.")
-        if self.optimizer != "sgd" and self.algorithm != "ferret":
-            raise ContradictionError(
-                f"optimizer = {self.optimizer} needs gradients, which {self.algorithm} does not have: "
-                "remove it, or use algorithm = ferret.",
-                optimizer=self.optimizer,
-            )
-        if self.local_momentum != 0.9 and self.optimizer != "momentum":
-            raise ContradictionError(
-                f"local_momentum belongs to optimizer = momentum, not to {self.optimizer}: remove it.",
-                local_momentum=self.local_momentum,
-            )
-        if self.scalar_bits == 4 and self.algorithm != "ferret":
-            raise ContradictionError(
-                f"scalar_bits = 4 is for coordinates, which share a unit, and {self.algorithm} sends scalars one by one: "
-                "set scalar_bits = 8.",
-                scalar_bits=4,
-            )
-        self._refuse_foreign()
-        self._check_places()
-        if self.algorithm == "ferret":
-            if self.momentum and self.pool_every:
-                raise ContradictionError(
-                    "momentum adds coordinates of successive rounds, so it needs one pool: set pool_every = 0 or momentum = 0."
-                )
-            if self.coordinates == "shared" and self.allocation == "official":
-                raise ContradictionError(
-                    "allocation = official is the client's own choice: remove it, or coordinates = shared.", key="coordinates"
-                )
-            if self.allocation == "official" and self.pool_size:
-                raise ContradictionError(
-                    f"allocation = official takes K = {self.K} as the size of the pool: remove pool_size.",
-                    K=self.K,
-                    pool_size=self.pool_size,
-                )
-        if self.max_new_tokens > 100_000:
-            raise ContradictionError("max_new_tokens above 100,000 is surely a mistake.")
+        refuse_contradictions(self)
         return self
 
-    def _check_places(self) -> None:
-        """Where the weights are and what they are rounded to."""
-        if self.update_rounding != "nearest" and self.dtype == "float32":
-            raise ContradictionError(
-                f"update_rounding = {self.update_rounding} is for 16-bit weights: "
-                "remove it, or set dtype to bfloat16 or float16.",
-                update_rounding=self.update_rounding,
-            )
-        if self.offload and self.algorithm == "ferret":
-            raise ContradictionError(
-                "offload is for passes without gradients, and ferret needs them: remove it, or use algorithm = fedkseed."
-            )
-        if self.offload and (self.device_map != "none" or self.update_rounding == "master"):
-            other = "device_map" if self.device_map != "none" else "update_rounding = master"
-            raise ContradictionError(f"offload and {other} exclude each other: keep one of them.")
-        if self.device_map != "none" and self.device not in ("auto", "cuda"):
-            raise ContradictionError(
-                f"device_map places the model itself, so device = {self.device} says nothing: remove one of them.",
-                device=self.device,
-            )
-
-    def _refuse_foreign(self) -> None:
-        """A setting of another algorithm or family would be recorded and change nothing, so it is refused."""
-        ours, others = ("ferret", _ONLY_FEDKSEED) if self.algorithm == "ferret" else (self.algorithm, _ONLY_FERRET)
-        for key in others:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                owner = "fedkseed" if ours == "ferret" else "ferret"
-                reason = " (its model is w0 - lr * sum A_k z_k by definition)" if key in ("server_lr", "anneal") else ""
-                raise ContradictionError(f"{key} belongs to {owner}, not to {ours}{reason}: remove it.", key=key)
-        if self.rank != 1 and self.family != "lowrank":
-            raise ContradictionError(
-                f"rank belongs to family lowrank, not to {self.family}: remove it or set family = lowrank.", key="rank"
-            )
-
     # ------------------------------------------------------------------ derived values
+
+    @property
+    def first_order(self) -> bool:
+        """Whether clients compute gradients."""
+        return self.algorithm in methods.FIRST_ORDER
+
+    @property
+    def alone(self) -> bool:
+        """Whether one party trains and nothing is sent between parties."""
+        return self.algorithm in methods.ALONE
+
+    @property
+    def client_steps(self) -> int:
+        """Local steps of a client in a round; of `central`, those of all clients that a round of the others asks."""
+        return self.local_steps * (self.asked_per_round if self.algorithm == "central" else 1)
 
     @property
     def asked_per_round(self) -> int:
@@ -353,7 +299,12 @@ class RunConfig(BaseModel):
 
     @property
     def invited_per_round(self) -> int:
-        """Clients asked in each round with `over_selection`: ceil(asked_per_round * (1 + over_selection)), at most all."""
+        """Clients asked in each round with `over_selection`: ceil(asked_per_round * (1 + over_selection)), at most all.
+
+        One where one party trains alone.
+        """
+        if self.alone:
+            return 1
         return min(self.clients, math.ceil(round(self.asked_per_round * (1.0 + self.over_selection), 9)))
 
     @property
@@ -366,8 +317,11 @@ class RunConfig(BaseModel):
         return dict(self.model_dump())
 
     def replace(self, **changes: Scalar) -> Self:
-        """A checked copy with `changes` applied."""
-        return self.from_mapping({**self.as_mapping(), **changes})
+        """A checked copy with `changes` applied; with another algorithm, bits that were its default follow it."""
+        before = self.as_mapping()
+        if changes.get("algorithm", self.algorithm) != self.algorithm:
+            before |= {key: 0 for key in methods.BITS if before[key] == methods.default_bits(key, self.algorithm)}
+        return self.from_mapping({**before, **changes})
 
     def with_absolute_paths(self, root: Path | None = None) -> Self:
         """A copy whose local paths are absolute, with environment variables expanded, for processes that start elsewhere."""

@@ -21,7 +21,7 @@ from fedtune.errors import MalformedDeltaError
 from fedtune.layout import BlockRule
 
 FORMAT, VERSION = "fedtune-delta", 1
-WIDTHS: dict[str, tuple[npt.DTypeLike, int]] = {"I8": ("<i1", 127), "I16": ("<i2", 2**15 - 1), "I32": ("<i4", 2**23 - 1)}
+WIDTHS: dict[str, tuple[npt.DTypeLike, int]] = {"I8": ("<i1", 127), "I16": ("<i2", 2**15 - 1), "I32": ("<i4", 2**31 - 1)}
 """Types of `q` by their name in safetensors, narrowest first: the numpy type, and the largest |q| that it is used for."""
 
 

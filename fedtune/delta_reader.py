@@ -19,10 +19,10 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.coefficients import EXACT_SUM, I32, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients
+from fedtune.coefficients import I32, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
 from fedtune.config import RunConfig
 from fedtune.delta import FORMAT, VERSION, WIDTHS, Delta, declared, encode
-from fedtune.directions.base import MAX_POOL, Pool
+from fedtune.directions.base import DISJOINT, MAX_AXES, MAX_POOL, Pool
 from fedtune.errors import DeltaMismatchError, MalformedDeltaError
 from fedtune.layout import BlockRule
 
@@ -35,7 +35,7 @@ KEYS = (
 )  # fmt: skip
 _CHOICES = {
     "dtype": get_args(RunConfig.model_fields["dtype"].annotation),
-    "family": get_args(RunConfig.model_fields["family"].annotation),
+    "family": (*get_args(RunConfig.model_fields["family"].annotation), *DISJOINT),
     "block_rule": get_args(BlockRule),
 }
 
@@ -74,6 +74,8 @@ def _decode(file: BinaryIO, size: int, name: str) -> Delta:
     if len(body) != total:
         raise _damaged(name, "it became shorter while it was read")
     delta = fields.delta(*_tensors(body, width, shape, name))
+    if not all(summable(pool.pool, pool.q, pool.exponents) for pool in delta.pools):
+        raise _damaged(name, "the coefficients of a block are too large for exact sums")
     if delta.coefficients.digest(delta.fingerprint) != delta.digest:
         raise _damaged(name, "its coefficients do not lead to its digest")
     if encode(delta) != len(text).to_bytes(8, "little") + text + body:
@@ -146,8 +148,6 @@ def _tensors(body: bytes, width: npt.DTypeLike, shape: tuple[int, int, int], nam
         raise _damaged(name, "a block without coefficients has an exponent")
     if not used.any(axis=1).all():
         raise _damaged(name, "a pool has no coefficient")
-    if (np.abs(q.astype(np.int64)).sum(axis=2) > EXACT_SUM).any():
-        raise _damaged(name, "the coefficients of a block are too large for exact sums")
     return q, exponents
 
 
@@ -205,11 +205,15 @@ class _Fields:
 
     def shape(self) -> tuple[int, int, int]:
         """Pools, L, K."""
-        return len(self.pools()[0]), len(self.sizes("block_sizes")), self.number("K", 1, MAX_POOL)
+        return len(self.pools()[0]), len(self.sizes("block_sizes")), self.number("K", 1, self.most())
+
+    def most(self) -> int:
+        """The largest K of the family."""
+        return MAX_AXES if self.choice("family") in DISJOINT else MAX_POOL
 
     def delta(self, q: I32, exponents: I32) -> Delta:
         """The delta with these coefficients, [pools, L, K] and [pools, L]."""
-        family, size = self.choice("family"), self.number("K", 1, MAX_POOL)
+        family, size = self.choice("family"), self.number("K", 1, self.most())
         rank = self.number("rank", 1, 256 if family == "lowrank" else 1)
         numbers, seeds = self.pools()
         pools = (Pool(family, seed, size, rank=rank) for seed in seeds)

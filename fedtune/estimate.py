@@ -50,7 +50,7 @@ def estimate_run(config: RunConfig) -> Estimate:
     here = Resident(config)
     replica = here.replica
     state = here.algorithm.start(config, replica.layout)
-    step, client = _time_client(here, state)
+    step, client = _time_client(here)
     rebuild = _time_rebuild(here, state)
     evaluation, evaluations = _time_evaluation(here), _evaluations(config)
     besides_time = needs(config, replica.model, replica.layout, replica.perturbation, _longest_batch(here))
@@ -60,7 +60,7 @@ def estimate_run(config: RunConfig) -> Estimate:
         client_seconds=client + rebuild,
         evaluation_seconds=evaluation + rebuild,
         evaluations=evaluations,
-        local_steps=config.local_steps,
+        local_steps=config.client_steps,
     )
 
 
@@ -73,18 +73,20 @@ def _longest_batch(here: Resident) -> Batch:
 # ---------------------------------------------------------------------------------------------------- time
 
 
-def _time_client(here: Resident, state: State) -> tuple[float, float]:
+def _time_client(here: Resident) -> tuple[float, float]:
     """(seconds per local step, seconds of a client's round besides its steps), from real local updates on client 0."""
-    _local_update(here, state, 1)  # kernels compile, caches warm up
-    one = _seconds(here, lambda: _local_update(here, state, 1))
-    more = _seconds(here, lambda: _local_update(here, state, 1 + TIMED_STEPS))
-    step = max(0.0, more - one) / TIMED_STEPS
+    _local_update(here, 1)  # kernels compile, caches warm up
+    one = _seconds(here, lambda: _local_update(here, 1))
+    more = _seconds(here, lambda: _local_update(here, 1 + TIMED_STEPS))
+    times = here.config.client_steps // here.config.local_steps  # of `central`, whose steps those are of several clients
+    step = max(0.0, more - one) / TIMED_STEPS / times
     return step, max(0.0, one - step)
 
 
-def _local_update(here: Resident, state: State, steps: int) -> None:
+def _local_update(here: Resident, steps: int) -> None:
     """`steps` local steps of client 0 from the base model; the live weights are written and not put back."""
     config = here.config.replace(local_steps=steps)
+    state = here.algorithm.start(config, here.replica.layout)
     work = here.work("0", here.data.clients[0], 1, state.pool)
     here.replica.touch()
     published = state.published(config.coefficient_bits).pools[-1]

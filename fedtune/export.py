@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,18 @@ def export_run(run: RunFolder, out: Path, name: str = FINAL, model: str = "") ->
     """
     check_new(out)
     lm, round, digest = load_tuned(run, name, model)
+    lm = replace(lm, model=ALGORITHMS[run.config().algorithm].merge(lm.model))
     return Exported(out, round, digest.hex(), write_folder(lm, out))
 
 
 def delta_of_run(run: RunFolder, name: str = FINAL, model: str = "") -> Delta:
     """The tuned model of `run` as a delta; of the base model only the config.json is needed. Raises as `load_tuned` does."""
     config = _config(run, model)
+    if config.algorithm == "lora":
+        raise RunFolderError(
+            "A delta changes the base model's own weights, and the run tuned adapters beside them: "
+            "use --format hf, which merges them."
+        )
     layout = layout_of_architecture(config)
     complete = _coefficients(run, name, config, layout)
     if complete.layout != layout.digest:
@@ -90,8 +96,8 @@ def delta_of_run(run: RunFolder, name: str = FINAL, model: str = "") -> Delta:
         digest=complete.digest,
         round=complete.round - 1,
         pool_every=config.pool_every,
-        family=config.family,
-        rank=config.rank,
+        family=complete.pools[0].pool.family,
+        rank=complete.pools[0].pool.rank,
         size=complete.pools[0].pool.size,
         numbers=tuple(used),
         pools=tuple(used.values()),

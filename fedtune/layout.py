@@ -106,10 +106,20 @@ def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return named
 
 
+def base_size(model: torch.nn.Module) -> int:
+    """Parameters of the base model: the frozen ones where adapters are tuned, else those that are tuned."""
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    return frozen or sum(parameter.numel() for _, parameter in trainable(model))
+
+
 def fingerprint(model: torch.nn.Module) -> bytes:
-    """16 bytes over the names, shapes, dtypes and bits of the trainable parameters: which base model this is."""
+    """16 bytes over the names, shapes, dtypes and bits of the trainable parameters: which base model this is.
+
+    Frozen parameters, which adapters stand beside, follow the trainable ones.
+    """
     state = hashlib.sha256()
-    for name, parameter in trainable(model):
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    for name, parameter in (*trainable(model), *frozen):
         state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         flat = parameter.detach().reshape(-1)
         for chunk in torch.split(flat, 1 << 24):

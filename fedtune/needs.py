@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch
 from fedtune.evaluation import response_loss
-from fedtune.layout import Layout
+from fedtune.layout import Layout, base_size
 from fedtune.perturb import Perturbation
 from fedtune.wire import Instruction, Kind
 
 FLOAT32 = 4  # bytes
+MOST_MADE = 65536  # coefficients of a pool that are made to count its bytes: a multiple of 8, so that bits stay in step
 NO_FINGERPRINT = bytes(16)  # as long as any
 
 
@@ -86,16 +87,15 @@ class Needs:
 def needs(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbation: Perturbation, longest: Batch) -> Needs:
     """The needs of a run of `config` with `model`, whose largest training batch is `longest`."""
     algorithm = ALGORITHMS[config.algorithm]
-    state = algorithm.start(config, layout)
     client_rounds = config.rounds * config.invited_per_round
     return Needs(
         parameters=layout.numel,
         memory=_memory(config, model, layout, perturbation, longest),
-        up=_up(config, algorithm, layout),
-        down=_down(config, algorithm, layout, state),
+        up=0 if config.alone else _up(config, algorithm, layout),
+        down=0 if config.alone else _down(config, algorithm, layout),
         client_rounds=client_rounds,
         pools_down=config.invited_per_round * sum(1 + pool_number(config, round) for round in range(1, config.rounds + 1)),
-        fedavg=2 * FLOAT32 * layout.numel * client_rounds,
+        fedavg=2 * FLOAT32 * base_size(model) * client_rounds,
     )
 
 
@@ -129,17 +129,24 @@ def first_instruction(
     )
 
 
-def _down(config: RunConfig, algorithm: Algorithm, layout: Layout, state: State) -> int:
+def _down(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
+    """Length of an instruction; of a pool as large as the model, from one that is not, since each number costs the same."""
+    pool = algorithm.pool(config, layout, 0)
+    small = replace(pool, size=min(pool.size, MOST_MADE))
+    more = (pool.size - small.size) * config.coefficient_bits * layout.blocks
+    shape = (layout.blocks, small.size)
+    state = State(0, (), small, np.zeros(shape), algorithm.statistics(*shape))
     instruction = first_instruction(config, algorithm, layout, state, full_pool(state))
-    return len(wire.encode_instruction(instruction, config.coefficient_bits))
+    return len(wire.encode_instruction(instruction, config.coefficient_bits)) + -(-more // 8)
 
 
 def _up(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
-    """Length of an update: the scalars of all local steps, or the most coordinates that can be sent and a count a block."""
-    if algorithm.kind != Kind.COORDINATES:
-        return wire.update_length(config.local_steps * config.directions_per_step, config.scalar_bits)
-    blocks, shared = layout.blocks, config.coordinates == "shared"
-    return wire.update_length(most_coordinates(config, layout), config.scalar_bits, blocks=blocks, with_counts=not shared)
+    """Length of an update: the scalars of all local steps, the most coordinates and a count a block, or all weights."""
+    if algorithm.kind == Kind.COORDINATES:
+        blocks, shared = layout.blocks, config.coordinates == "shared"
+        return wire.update_length(most_coordinates(config, layout), config.scalar_bits, blocks=blocks, with_counts=not shared)
+    scalars = config.local_steps * config.directions_per_step
+    return wire.update_length(layout.numel if algorithm.kind == Kind.WEIGHTS else scalars, config.scalar_bits)
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -151,13 +158,13 @@ STATES = {"sgd": 0, "momentum": 1, "adamw": 2}  # float32 numbers that an optimi
 def _memory(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbation: Perturbation, longest: Batch) -> Memory:
     sizes = [weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad]
     together = config.accumulate > 1 or config.clip_norm > 0
-    weights = sum(sizes)
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     logits, saved = _activations(model, longest)
     return Memory(
         weights=weights,
         scratch=perturbation.scratch_bytes,
         logits=logits,
-        gradients=weights if together else max(sizes),
+        gradients=sum(sizes) if together else max(sizes),
         optimizer=STATES[config.optimizer] * FLOAT32 * layout.numel,
         master=FLOAT32 * layout.numel if config.update_rounding == "master" else 0,
         saved=saved,

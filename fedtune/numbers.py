@@ -24,6 +24,7 @@ I64 = npt.NDArray[np.int64]
 LARGEST_8 = 57344.0
 """The largest scalar of 8 bits; what is larger is sent as this."""
 UNIT_BITS = 16
+WHOLE_BYTES = {8: "<u1", 16: "<u2", 32: "<u4"}  # widths whose bit planes are numbers of numpy
 
 
 def packed_length(count: int, bits: int) -> int:
@@ -64,18 +65,26 @@ class Reader:
 def pack_integers(q: npt.NDArray[np.int32], bits: int) -> bytes:
     """int32 [n], each in -2^(bits-1)+1 .. 2^(bits-1)-1, to ceil(n * bits / 8) bytes, lowest bit first."""
     shifted = (q.astype(np.int64) + (1 << (bits - 1))).astype(np.uint32)
+    if bits in WHOLE_BYTES:
+        return shifted.astype(WHOLE_BYTES[bits]).tobytes()
     planes = ((shifted[:, None] >> np.arange(bits, dtype=np.uint32)) & 1).astype(np.uint8)
     return np.packbits(planes.reshape(-1), bitorder="little").tobytes()
 
 
 def unpack_integers(data: bytes, count: int, bits: int) -> npt.NDArray[np.int32]:
     """The inverse of `pack_integers`. Raises MalformedMessageError for a value or padding that it never writes."""
+    if bits in WHOLE_BYTES:
+        return _centred(np.frombuffer(data, dtype=WHOLE_BYTES[bits])[:count].astype(np.int64), bits)
     flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
     if flat[count * bits :].any():
         raise MalformedMessageError("Padding bits are set.")
     planes = flat[: count * bits].reshape(count, bits).astype(np.int64)
-    values = (planes << np.arange(bits)).sum(axis=1)
-    if count and int(values.min()) == 0:
+    return _centred((planes << np.arange(bits)).sum(axis=1), bits)
+
+
+def _centred(values: I64, bits: int) -> npt.NDArray[np.int32]:
+    """The whole numbers that were shifted to be positive."""
+    if values.size and int(values.min()) == 0:
         raise MalformedMessageError("A coefficient is outside its grid.")
     return np.asarray(values - (1 << (bits - 1)), dtype=np.int32)
 

@@ -18,7 +18,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.coefficients import EXACT_SUM, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients
+from fedtune.coefficients import MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, StaleReplicaError
 from fedtune.numbers import Reader, pack_integers, packed_length, unpack_integers
@@ -56,7 +56,7 @@ def encode_pool(coefficients: PoolCoefficients, bits: int, known: PoolCoefficien
     if coefficients.pool.size <= LONGEST_PREFIX:
         forms.append(lambda: bytes([Form.PREFIXES]) + exponents + _pack_prefixes(coefficients.q, bits))
         lengths.append(2 * len(coefficients.q) + packed_length(int(_prefixes(coefficients.q).sum()), bits))
-    if known is not None and known.pool == coefficients.pool:
+    if known is not None and known.pool == coefficients.pool and not known.pool.disjoint:
         change = flat - _on_grid(known, coefficients.exponents).reshape(-1)
         width = max(2, int(np.abs(change).max()).bit_length() + 1)
         start = exponents + known.identity[:8] + bytes([width])
@@ -123,7 +123,7 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
     form = reader.take(1)[0]
     if form == Form.ZERO:
         return PoolCoefficients(pool, np.zeros((blocks, pool.size), np.int32), np.zeros(blocks, np.int32))
-    if form not in tuple(Form):
+    if form not in tuple(Form) or (form == Form.DIFFERENCE and pool.disjoint):
         raise MalformedMessageError(f"There is no form {form} of coefficients.")
     exponents = np.frombuffer(reader.take(blocks), dtype="<i1").astype(np.int32)
     if (exponents < MIN_EXPONENT).any() or (exponents > MAX_EXPONENT).any():
@@ -137,7 +137,7 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
     else:
         q = _apply_difference(reader, exponents, size, bits, known)
     q = q.reshape(blocks, pool.size)
-    if (np.abs(q.astype(np.int64)).sum(axis=1) > EXACT_SUM).any():
+    if not summable(pool, q, exponents):
         raise MalformedMessageError("The coefficients of a block are too large for exact sums.")
     return PoolCoefficients(pool, q, exponents)
 

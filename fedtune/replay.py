@@ -98,12 +98,13 @@ def read_update(rules: Rules, state: State, payload: bytes, *, round: int, diges
         kind=rules.algorithm.kind,
         round=round,
         digest=digest,
-        max_steps=rules.config.local_steps,
+        max_steps=rules.config.client_steps,
         blocks=rules.layout.blocks,
         max_count=min(state.pool.size, 65535),
         bits=rules.config.scalar_bits,
         per_step=rules.config.directions_per_step,
         asked=counts if counts.size else None,
+        parameters=rules.layout.numel,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from fedtune.algorithms import ALGORITHMS, LocalWork
@@ -28,6 +29,9 @@ _MODEL_SETTINGS = (
     "threads",
     "blocks",
     "algorithm",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
 )
 _DATA_SETTINGS = (
     "data",
@@ -65,7 +69,8 @@ class Resident:
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        return load_model(self.config)
+        loaded = load_model(self.config)
+        return replace(loaded, model=self.algorithm.adapt(loaded.model, self.config))
 
     @cached_property
     def replica(self) -> Replica:

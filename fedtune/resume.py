@@ -28,7 +28,8 @@ class Rule(Enum):
 
 
 _SAME = """algorithm seed clients local_steps batch_size lr weighting K eps directions_per_step server_lr anneal momentum
-    optimizer local_momentum accumulate clip_norm pool_size blocks allocation reconstruction coordinates family rank pool_every
+    optimizer local_momentum accumulate clip_norm pool_size blocks allocation reconstruction coordinates lora_rank lora_alpha
+    lora_targets only_client family rank pool_every
     coefficient_bits scalar_bits dtype update_rounding instruction_column input_column output_column category_column template
     max_length partition dirichlet_alpha min_samples holdout holdout_category"""
 _KEPT = "eval_samples generate_samples max_new_tokens"
@@ -86,7 +87,7 @@ def plan(ledger: Ledger, asked: RunConfig, folder: RunFolder) -> Plan:
 
 def held_against(folder: RunFolder, before: RunConfig, asked: RunConfig) -> Plan:
     """What `asked` changes in the settings `before`. Raises ForeignLedgerError if settings that must match do not."""
-    rules = {**POLICY, "rounds": _rule_of_rounds(before)}
+    rules = {**POLICY, "rounds": _rule_of_rounds(before), **_rules_of_asking(before)}
     differing = [key for key in POLICY if key not in _PLACES and getattr(asked, key) != getattr(before, key)]
     fixed = [key for key in differing if rules[key] is Rule.MUST_MATCH]
     if fixed:
@@ -103,6 +104,13 @@ def held_against(folder: RunFolder, before: RunConfig, asked: RunConfig) -> Plan
         f"{key} stays {getattr(before, key)!r} as in the rounds before: {getattr(asked, key)!r} is not used." for key in kept
     ]
     return Plan(before.replace(**changed, out=str(folder.path), resume=""), changed, tuple(news), tuple(unused))
+
+
+def _rules_of_asking(before: RunConfig) -> dict[str, Rule]:
+    """How many clients a round would ask is the number of steps of `central`."""
+    if before.algorithm != "central":
+        return {}
+    return {"client_fraction": Rule.MUST_MATCH, "clients_per_round": Rule.MUST_MATCH}
 
 
 def _rule_of_rounds(before: RunConfig) -> Rule:

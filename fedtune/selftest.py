@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -66,7 +66,7 @@ class SelfTest:
 def self_test(pool: Pool, device: str = "cpu") -> SelfTest:
     """Run the test for `pool` on `device`. Raises DirectionsError if there are no such kernels."""
     layout = Layout.from_shapes(SHAPES, "tensor")
-    directions = Directions(layout, pool)
+    directions = Directions(layout, replace(pool, size=layout.numel) if pool.disjoint else pool)
     results = [
         operation(directions, _inputs(layout, torch.device(device), dtype))
         for operation in (_added, _combined)

@@ -11,10 +11,11 @@ byte, and raises a WireError for anything it does not expect; nothing is unpickl
     identity 8 | form u8 (0 zero, 1 dense, 2 sparse, 3 difference, 4 prefixes) [| exponents L x i8
     [| names what it differs from 8 | bits u8] [| bitmap ceil(L K / 8)] [| L x u16 lengths] | packed values]
   update (client to server)
-    "FT" version kind=2|3 | round u32 | digest of the model it started from 16 | status u8 | steps u32 | examples u32
+    "FT" version kind=2|3|4 | round u32 | digest of the model it started from 16 | status u8 | steps u32 | examples u32
     | mean training loss f32
     kind 2 (scalars):      steps x P x number
     kind 3 (coordinates):  [L x u16 counts |] sum of counts x number, or L x bfloat16 units | packed whole numbers
+    kind 4 (weights):      d x number; nothing with status 1
 fedtune/numbers.py has the bits of a number.
 """
 
@@ -51,6 +52,7 @@ class Kind(IntEnum):
     INSTRUCTION = 1
     SCALARS = 2
     COORDINATES = 3
+    WEIGHTS = 4
 
 
 class Extra(IntEnum):
@@ -105,8 +107,9 @@ class Update:
         examples: training samples that the client owns (the weight of its update).
         train_loss: mean over the steps.
         scalars: float32 [steps * P] scalar gradients (FedKSeed, P in each step), or float32 [sum of counts] coordinates
-            (Ferret).
-        counts: int64 [L], coordinates in each block (Ferret); empty for FedKSeed.
+            (Ferret), or float32 [d], the change of every weight in layout order (FedAvg; none if `status` is NOT_FINITE).
+        counts: int64 [L], coordinates in each block (Ferret); empty for the others.
+        weights: whether `scalars` are changes of weights.
     """
 
     round: int
@@ -117,6 +120,14 @@ class Update:
     train_loss: float
     scalars: F32
     counts: npt.NDArray[np.int64]
+    weights: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Of its message."""
+        if self.weights:
+            return Kind.WEIGHTS
+        return Kind.COORDINATES if self.counts.size else Kind.SCALARS
 
 
 # ---------------------------------------------------------------------------------------------------- messages
@@ -192,18 +203,17 @@ def _take_u16(reader: Reader, count: int) -> U16:
 
 
 def encode_update(update: Update, bits: int, *, with_counts: bool = True) -> bytes:
-    """An update as bytes; `bits` per number. Kind 3 if it has counts, which are left out where the server chose them."""
-    kind = Kind.COORDINATES if update.counts.size else Kind.SCALARS
+    """An update as bytes; `bits` per number. `counts` are left out where the server chose them."""
     fields = (update.digest, update.status, update.steps, update.examples, update.train_loss)
-    head = _HEAD.pack(MAGIC, VERSION, kind, update.round) + _UPDATE.pack(*fields)
-    if kind == Kind.SCALARS:
+    head = _HEAD.pack(MAGIC, VERSION, update.kind, update.round) + _UPDATE.pack(*fields)
+    if update.kind != Kind.COORDINATES:
         return head + pack_scalars(update.scalars, bits)
     counts = update.counts.astype("<u2").tobytes() if with_counts else b""
     return head + counts + pack_blocks(update.scalars, update.counts, bits)
 
 
 def update_length(numbers: int, bits: int, *, blocks: int = 0, with_counts: bool = True) -> int:
-    """Bytes of an update of so many numbers of `bits` bits: coordinates if there are `blocks`, else scalars."""
+    """Bytes of an update of so many numbers of `bits` bits: coordinates if there are `blocks`, else scalars or weights."""
     units = 2 * blocks if bits < UNIT_BITS else 0
     return _HEAD.size + _UPDATE.size + (2 * blocks if with_counts else 0) + units + packed_length(numbers, bits)
 
@@ -220,12 +230,13 @@ def decode_update(
     bits: int,
     per_step: int = 1,
     asked: I64 | None = None,
+    parameters: int = 0,
 ) -> Update:
     """Read a client's update and refuse what the round did not ask for.
 
     Args:
         data: the message.
-        kind: SCALARS or COORDINATES.
+        kind: SCALARS, COORDINATES or WEIGHTS.
         round, digest: what was asked.
         max_steps: most local steps.
         blocks: L (COORDINATES).
@@ -233,6 +244,7 @@ def decode_update(
         bits: per number.
         per_step: scalars of each step (SCALARS).
         asked: int64 [L], the counts if the server chose them (COORDINATES); None: the message has them.
+        parameters: d (WEIGHTS).
 
     Raises:
         MalformedMessageError: wrong length, magic, version or count.
@@ -251,8 +263,9 @@ def decode_update(
     if steps > max_steps or examples == 0:
         raise MalformedMessageError(f"{steps} steps on {examples} samples; at most {max_steps} steps were asked.")
     counts = np.zeros(0, dtype=np.int64)
-    if kind == Kind.SCALARS:
-        scalars = unpack_scalars(reader.take(packed_length(steps * per_step, bits)), bits)
+    if kind != Kind.COORDINATES:
+        length = steps * per_step if kind == Kind.SCALARS else parameters if status == Status.FINISHED else 0
+        scalars = unpack_scalars(reader.take(packed_length(length, bits)), bits)
     else:
         counts = _take_u16(reader, blocks).astype(np.int64) if asked is None else asked
         if (counts > max_count).any():
@@ -261,7 +274,7 @@ def decode_update(
     reader.finish()
     if not (np.isfinite(scalars).all() and np.isfinite(loss)):
         raise NonFiniteError("The update contains a number that is not finite.")
-    return Update(number, digest, Status(status), steps, examples, loss, scalars, counts)
+    return Update(number, digest, Status(status), steps, examples, loss, scalars, counts, kind == Kind.WEIGHTS)
 
 
 def _read_head(reader: Reader, kind: Kind) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fedtune.algorithms import State
+from fedtune.algorithms import ALGORITHMS, State
 from fedtune.algorithms.base import shares
 from fedtune.config import RunConfig
 from fedtune.errors import RunFolderError
@@ -167,9 +167,9 @@ class Record:
 
     # ------------------------------------------------------------------ the end
 
-    def finish(self, parameters: int) -> dict[str, Any]:
-        """Write summary.json; returns it."""
-        summary = summarise(self.config, self.rows, parameters, self.elapsed)
+    def finish(self, parameters: int, base: int) -> dict[str, Any]:
+        """Write summary.json; returns it. `parameters` are those that are tuned, `base` those of the base model."""
+        summary = summarise(self.config, self.rows, parameters, base, self.elapsed)
         self.folder.write_json(SUMMARY, summary)
         return summary
 
@@ -196,13 +196,15 @@ def _row(round: Round, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def summarise(config: RunConfig, rows: Sequence[Mapping[str, Any]], parameters: int, seconds: float) -> dict[str, Any]:
+def summarise(
+    config: RunConfig, rows: Sequence[Mapping[str, Any]], parameters: int, base: int, seconds: float
+) -> dict[str, Any]:
     """summary.json: before and after, what it cost beside FedAvg, and where it is."""
     best = min(rows, key=lambda row: number_of(row["eval_loss"]))
     sent = total(traffic for row in rows for traffic in from_lists(row["traffic"]).values())
     return {
         "algorithm": config.algorithm,
-        "family": config.family,
+        "family": ALGORITHMS[config.algorithm].family_of(config),
         "seed": config.seed,
         "rounds": config.rounds,
         "clients": config.clients,
@@ -226,7 +228,7 @@ def summarise(config: RunConfig, rows: Sequence[Mapping[str, Any]], parameters: 
         "serialised_bytes_down": sent.serialised_down,
         "serialised_bytes_up_per_client_round": _each(sent.serialised_up, sent.messages_up),
         "serialised_bytes_down_per_client_round": _each(sent.serialised_down, sent.messages_down),
-        "fedavg_bytes": 2 * BYTES_PER_WEIGHT * parameters * sent.messages_down,
+        "fedavg_bytes": 2 * BYTES_PER_WEIGHT * base * sent.messages_down,
         "updates_refused": sum(len(row["refused"]) for row in rows),
         "seconds": seconds,
         "cpu_seconds": round(sum(sum(row["cpu_seconds"].values()) for row in rows), 3),

@@ -16,6 +16,7 @@ from fedtune.control import Doing
 from fedtune.directions.choice import kernels_note
 from fedtune.errors import DivergedError, RunError
 from fedtune.evaluation import evaluate, generate
+from fedtune.layout import base_size
 from fedtune.progress import Note, RoundFinished, RunFinished, RunStarted, check_stop, emit
 from fedtune.resident import Resident, resident
 from server.opening import Opened
@@ -69,7 +70,7 @@ class Run:
             if short == SHORT_ROUNDS:
                 raise self._too_short()
         self._between_rounds()
-        summary = self.record.finish(self.here.replica.layout.numel)
+        summary = self.record.finish(self.here.replica.layout.numel, base_size(self.here.replica.model))
         self.operator.say(Doing.FINISHED)
         emit(RunFinished(summary))
         return summary
@@ -92,7 +93,7 @@ class Run:
             emit(Note(note))
         if config.dtype != "float32" and config.update_rounding == "nearest":
             emit(Note(f"{config.dtype} weights: {_SIXTEEN_BIT}", warning=True))
-        emit(Note(kernels_note(here.language_model.device, config.family)))
+        emit(Note(kernels_note(here.language_model.device, here.algorithm.family_of(config))))
         self.folder.write_json("partition.json", here.data.partition.as_json())
         self.strategy.summary()
         parameters = here.replica.layout.numel
@@ -102,7 +103,7 @@ class Run:
                 config.rounds,
                 config.clients,
                 config.invited_per_round,
-                config.local_steps,
+                config.client_steps,
                 parameters,
                 config.out,
             )

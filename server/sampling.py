@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from fedtune.config import RunConfig
+from fedtune.errors import RunError
 from fedtune.seeds import Stream
 
 
@@ -16,8 +17,12 @@ def sample_clients(config: RunConfig, round: int, examples: Mapping[str, int], a
     Args:
         round: from 1; another `attempt` at it (from 1) draws afresh.
         examples: training samples of each known client; with sampling = "examples" a client's chance grows with them.
+
+    Where one party trains alone it is `only_client`, or the first. Raises RunError if it is none of them.
     """
     known = sorted(examples, key=natural_order)
+    if config.alone:
+        return (_only(config, known),)
     size = min(config.invited_per_round, len(known))
     again = (attempt,) if attempt > 1 else ()
     stream = Stream(config.seed, "clients", round, *again)
@@ -26,6 +31,16 @@ def sample_clients(config: RunConfig, round: int, examples: Mapping[str, int], a
     else:
         chosen = stream.subset(len(known), size)
     return tuple(known[index] for index in chosen.tolist())
+
+
+def _only(config: RunConfig, known: Sequence[str]) -> str:
+    """The party that trains alone."""
+    if config.only_client and config.only_client not in known:
+        raise RunError(
+            f"only_client = '{config.only_client}' is none of the clients ({', '.join(known[:8])}): name one of them.",
+            only_client=config.only_client,
+        )
+    return config.only_client or known[0]
 
 
 def natural_order(client: str) -> tuple[int, str]:

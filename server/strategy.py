@@ -132,7 +132,8 @@ class CoefficientStrategy(Strategy):
             except FedtuneError as problem:
                 problems.append(problem)
                 emit(Note(f"A client was refused: {problem}", warning=True))
-        needed = min(self.config.asked_per_round, self.config.clients - len(self.dropped))
+        asked = 1 if self.config.alone else self.config.asked_per_round
+        needed = min(asked, self.config.clients - len(self.dropped))
         if len(self.clients) < needed:
             raise (
                 problems[0]
@@ -174,7 +175,7 @@ class CoefficientStrategy(Strategy):
         late = [reply for reply in replies if _answers(reply) in client_of and is_behind(reply)]
         behind = [client_of[_answers(reply)] for reply in late]
         for client, reply in zip(behind, late, strict=True):
-            self.tally.count(client, sent_up(reply))
+            self._count(client, sent_up(reply))
             self.clients[client].pools_held, self.clients[client].known = 0, None
         return [self._instruct(server_round, client) for client in behind]
 
@@ -184,7 +185,7 @@ class CoefficientStrategy(Strategy):
         for message in sent:
             client = node_to_client[message.metadata.dst_node_id]
             self._asked[client] = message.metadata.message_id
-            self.tally.count(client, sent_down(message))
+            self._count(client, sent_down(message))
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Use every valid update, refuse the others by name, and move the state; too few of them leave it as it is."""
@@ -195,11 +196,12 @@ class CoefficientStrategy(Strategy):
             if client is None:
                 emit(Note("A reply that nobody asked for was ignored.", warning=True))
                 continue
-            tally.count(client, sent_up(reply))
+            self._count(client, sent_up(reply))
             try:
                 tally.updates[client], tally.payloads[client] = self._read(server_round, reply)
                 self.clients[client].pools_held = len(self._model.pools) - 1
-                self.clients[client].known = self._model.pools[-1]
+                newest = self._model.pools[-1]
+                self.clients[client].known = None if newest.pool.disjoint else newest
                 self._finished(server_round, client, "")
             except FedtuneError as problem:
                 self.clients[client].known = None
@@ -214,6 +216,11 @@ class CoefficientStrategy(Strategy):
         else:
             self._move(server_round, tally.updates)
         return None, MetricRecord({"clients": len(self.tally.clients) - len(self.tally.refused)})
+
+    def _count(self, client: str, traffic: Traffic) -> None:
+        """Add to the bytes of the round; a party that trains alone sends nothing to another."""
+        if not self.config.alone:
+            self.tally.count(client, traffic)
 
     def _instruct(self, server_round: int, client: str) -> Message:
         known = self.clients[client]
@@ -246,7 +253,7 @@ class CoefficientStrategy(Strategy):
         update = read_update(self.rules, self.state, payload, round=server_round, digest=self._digest)
         if update.status == Status.NOT_FINITE:
             raise NonFiniteError(
-                f"the loss was not finite after {update.steps} of {self.config.local_steps} steps: "
+                f"the loss was not finite after {update.steps} of {self.config.client_steps} steps: "
                 "the update is not used (lower lr or eps)"
             )
         if not update.steps:
@@ -297,7 +304,7 @@ class CoefficientStrategy(Strategy):
     def summary(self) -> None:
         """Say what this strategy is."""
         shape = f"{self.layout.blocks} x {self.state.pool.size} coefficients"
-        emit(Note(f"{self.algorithm.name}: {self.layout.numel:,} parameters, {shape}, family {self.config.family}"))
+        emit(Note(f"{self.algorithm.name}: {self.layout.numel:,} parameters, {shape}, family {self.state.pool.family}"))
 
 
 def _content(reply: Message) -> ConfigRecord:

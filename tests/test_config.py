@@ -39,17 +39,40 @@ PRESETS = sorted(Path("simulations").rglob("*.toml"))
         ),
         ({"device_map": "auto", "device": "cpu"}, ContradictionError, "device_map places the model itself"),
         ({"server_lr": 3.0}, ContradictionError, "by definition"),
-        ({"clip_norm": 1.0}, ContradictionError, "clip_norm belongs to ferret, not to fedkseed: remove it"),
+        ({"clip_norm": 1.0}, ContradictionError, "clip_norm belongs to ferret and .*, not to fedkseed: remove it"),
         ({"algorithm": "fedkseed-pro", "accumulate": 4}, ContradictionError, "accumulate belongs to ferret"),
-        ({"algorithm": "ferret", "eps": 1e-3}, ContradictionError, "eps belongs to fedkseed, not to ferret"),
+        ({"algorithm": "ferret", "eps": 1e-3}, ContradictionError, "eps belongs to fedkseed and .*, not to ferret"),
         ({"weight_decay": 0.1}, UnknownSettingError, "no setting 'weight_decay'. `fedtune"),
         ({"algorithm": "ferret", "directions_per_step": 2}, ContradictionError, "directions_per_step belongs to fedkseed"),
+        ({"coefficient_bits": 32}, ContradictionError, "coefficient_bits = 32, but fedkseed has 2 to 24: change it"),
+        ({"algorithm": "fedavg", "coefficient_bits": 1}, ContradictionError, "but fedavg has 2 to 32"),
+        ({"algorithm": "local", "server_lr": 0.5}, ContradictionError, "server_lr belongs to .*, not to local: remove it"),
+        ({"only_client": "1"}, ContradictionError, "only_client belongs to local, not to fedkseed"),
+        ({"algorithm": "fedzo", "local_steps": 65537}, ContradictionError, "65537 directions in a round; a pool has 65536"),
+        ({"algorithm": "fedavg", "offload": True}, ContradictionError, "offload is for passes without gradients, and fedavg"),
         ({"rank": 2}, ContradictionError, "rank belongs to family lowrank, not to hadamard: remove it or set family"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_fix(values: dict[str, object], kind: type[ConfigError], text: str) -> None:
     with pytest.raises(kind, match=text):
         RunConfig.from_mapping(values)
+
+
+def test_what_depends_on_the_algorithm_is_filled_in() -> None:
+    """A config says what is used: bits that were not set, and settings of pools where an algorithm chooses its own."""
+    assert (RunConfig().coefficient_bits, RunConfig().scalar_bits) == (8, 16)
+    preset = RunConfig(algorithm="ferret", K=2200, pool_every=1)
+    full = preset.replace(algorithm="fedavg")
+    assert (full.coefficient_bits, full.scalar_bits, full.K, full.pool_every) == (32, 32, 1024, 0)
+    assert full.replace(coefficient_bits=16).replace(algorithm="ferret").coefficient_bits == 16
+    assert preset.replace(algorithm="decomfl").pool_every == 1
+    assert RunConfig(algorithm="fedzo", family="lowrank", rank=2).rank == 2
+
+
+def test_the_bounds_ask_one_client_and_central_does_the_steps_of_all() -> None:
+    asked = {"clients": 8, "clients_per_round": 3, "local_steps": 5}
+    central, local, fedavg = (RunConfig(algorithm=name, **asked) for name in ("central", "local", "fedavg"))
+    assert [(c.invited_per_round, c.client_steps) for c in (central, local, fedavg)] == [(1, 15), (1, 5), (3, 5)]
 
 
 def test_a_config_is_frozen_hashable_and_survives_its_mapping() -> None:

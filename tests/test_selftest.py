@@ -37,7 +37,8 @@ def test_it_repeats_survives_and_differs_between_pools(family: str) -> None:
     assert differences(found, again(pool)) == []
     assert decode(encode(found)) == found
     assert differences(found, self_test(Pool(family, 8, 100)))[0] == "random words"
-    assert len(differences(found, self_test(Pool(family, 8, 100)))) == len(PARTS)
+    same_directions = Pool(family, 7, 100).disjoint  # axes are not random
+    assert len(differences(found, self_test(Pool(family, 8, 100)))) == (1 if same_directions else len(PARTS))
     assert found.program == fedtune.__version__
     assert len(encode(found)) == (57 if found.samples == () else 57 + 4 * 4 * SAMPLES)
 

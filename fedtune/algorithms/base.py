@@ -19,8 +19,9 @@ import torch
 from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch
+from fedtune.data.encode import Encoded
 from fedtune.directions import Directions, Pool
-from fedtune.directions.base import F64
+from fedtune.directions.base import DISJOINT, F64
 from fedtune.layout import BlockRule, Layout
 from fedtune.perturb import LiveWeights, Perturbation
 from fedtune.seeds import stream_key
@@ -123,6 +124,10 @@ class Algorithm:
         aggregate: the server's half: state, updates by client id -> state. Must not depend on the order of arrival.
         counts: int64 [L]: coordinates of each block that every client is asked for, or empty: clients choose, or send none.
         lasting: names of the statistics that outlive a pool.
+        family: of its pools; "": that of the settings.
+        adapt: what is done to the loaded base model before its trainable parameters are laid out.
+        merge: (tuned model) -> the same as an ordinary model of its architecture, to be saved.
+        samples: those that the client with a given number trains on, of the shares of all.
     """
 
     name: str
@@ -135,11 +140,21 @@ class Algorithm:
     aggregate: Callable[[State, Mapping[str, Update], RunConfig, Layout], State]
     counts: Callable[[State, RunConfig, Layout], I64] = lambda state, config, layout: np.zeros(0, dtype=np.int64)
     lasting: tuple[str, ...] = ()
+    family: str = ""
+    adapt: Callable[[torch.nn.Module, RunConfig], torch.nn.Module] = lambda model, config: model
+    merge: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model
+    samples: Callable[[Sequence[Sequence[Encoded]], int], Sequence[Encoded]] = lambda shares, number: shares[number]
+
+    def family_of(self, config: RunConfig) -> str:
+        """The family of its pools."""
+        return self.family or config.family
 
     def pool(self, config: RunConfig, layout: Layout, number: int) -> Pool:
         """Pool `number` (from 0) of a run; every party derives the same one."""
-        seed = stream_key(config.seed, "pool", number)
-        return Pool(config.family, seed, self.pool_size(config, layout), rank=config.rank)
+        family, size = self.family_of(config), self.pool_size(config, layout)
+        if family in DISJOINT:
+            return Pool(family, 0, size)  # not random: the same for all runs
+        return Pool(family, stream_key(config.seed, "pool", number), size, rank=config.rank)
 
     def start(self, config: RunConfig, layout: Layout) -> State:
         """State 0: the base model."""
@@ -163,6 +178,26 @@ def pool_number(config: RunConfig, round: int) -> int:
     return (round - 1) // config.pool_every if config.pool_every else 0
 
 
+def server_rate(config: RunConfig, round: int) -> float:
+    """The server's learning rate in round `round` (from 1): constant, or falling from server_lr towards 0 by the end.
+
+    The schedules of Ferret's official code with its slr_max = server_lr and slr_min = 0.
+    """
+    done = (round - 1) / config.rounds
+    factor = {"none": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.anneal]
+    return config.server_lr * factor
+
+
+def no_draw_weights(state: State) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
+    """Every seed is as likely as any other."""
+    return np.zeros(0, dtype=np.uint16)
+
+
+def no_statistics(blocks: int, size: int) -> dict[str, F64]:
+    """Nothing is kept beside the coefficients."""
+    return {}
+
+
 def shares(updates: Mapping[str, Update], config: RunConfig) -> dict[str, float]:
     """Weights of the updates, by client id in sorted order, summing to one.
 
@@ -170,7 +205,9 @@ def shares(updates: Mapping[str, Update], config: RunConfig) -> dict[str, float]
     clients are weighted equally.
     """
     raw = {
-        client: (updates[client].examples if config.weighting == "examples" else 1) * updates[client].steps / config.local_steps
+        client: (updates[client].examples if config.weighting == "examples" else 1)
+        * updates[client].steps
+        / config.client_steps
         for client in sorted(updates)
     }
     total = sum(raw.values())

@@ -11,21 +11,19 @@ measures P slopes (`directions_per_step`; the paper: 1) moves along all P direct
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from fedtune.algorithms.base import Algorithm, LocalWork, State, shares
+from fedtune.algorithms.base import Algorithm, LocalWork, State, no_draw_weights, no_statistics, shares
+from fedtune.algorithms.zeroth_order import Walked, walk
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
 from fedtune.layout import Layout
-from fedtune.numbers import round_scalars
-from fedtune.progress import ClientStep, check_stop, emit
 from fedtune.seeds import Stream
-from fedtune.wire import Instruction, Kind, Status, Update
+from fedtune.wire import Instruction, Kind, Update
 
 PRO_CLIP = 1000.0  # scalar gradients count up to this size in FedKSeed-Pro's statistics (official code)
 DRAW_SCALE = 65535  # the most likely seed has this draw weight
@@ -48,53 +46,27 @@ def drawn_seeds(
 
 
 def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -> Update:
-    """tau steps of  w <- w - lr/P * sum_k g_k z_k  over P seeds,  g_k = (L(w + eps z_k) - L(w - eps z_k)) / (2 eps).
+    """tau steps along drawn seeds (see `walk`).
 
-    All P slopes of a step are measured at the same w, on the same batch. The g that is applied is the g that is sent
-    (rounded to `scalar_bits`), so the server's replay follows the client's own path. The first step with a loss or slope
-    that is not finite ends the work, is not counted, and is reported. So does the deadline, with the steps done as update.
+    The g that is applied is the g that is sent (rounded to `scalar_bits`), so the server's replay follows the client's own
+    path.
     """
     seeds = drawn_seeds(config, instruction.round, work.client, work.directions.pool.size, instruction.draw_weights)
-    rate = config.lr / config.directions_per_step
-    scalars: list[np.float32] = []
-    losses: list[float] = []
-    status = Status.FINISHED
-    for step, ks in enumerate(seeds.reshape(config.local_steps, config.directions_per_step).tolist()):
-        check_stop()
-        if not work.in_time(step):
-            break
-        gradients, loss = two_point(work, ks, config.eps)
-        rounded = round_scalars(np.array(gradients, dtype=np.float32), config.scalar_bits)
-        if not (np.isfinite(rounded).all() and np.isfinite(loss)):
-            status = Status.NOT_FINITE
-            break
-        work.live.move(work.directions, [(k, -rate * gradient) for k, gradient in zip(ks, rounded.tolist(), strict=True)])
-        scalars.extend(rounded)
-        losses.append(loss)
-        emit(ClientStep(work.client, step + 1, config.local_steps, loss))
-    work.live.settle()
+    return scalar_update(work, walk(work, config, seeds, config.scalar_bits), instruction)
+
+
+def scalar_update(work: LocalWork, walked: Walked, instruction: Instruction) -> Update:
+    """The slopes as the update that answers `instruction`."""
     return Update(
         round=instruction.round,
         digest=instruction.digest,
-        status=status,
-        steps=len(losses),
+        status=walked.status,
+        steps=len(walked.losses),
         examples=work.examples,
-        train_loss=float(np.mean(losses)) if losses else 0.0,
-        scalars=np.array(scalars, dtype=np.float32),
+        train_loss=float(np.mean(walked.losses)) if walked.losses else 0.0,
+        scalars=walked.scalars,
         counts=np.zeros(0, dtype=np.int64),
     )
-
-
-@torch.no_grad()
-def two_point(work: LocalWork, ks: Sequence[int], eps: float) -> tuple[list[float], float]:
-    """(P scalar gradients, mean loss) of the next batch along directions `ks`.
-
-    Each takes two evaluations, at w + eps z and w - eps z.
-    """
-    found = work.losses_at(next(work.batches), [(k, c) for k in ks for c in (eps, -eps)])
-    pairs = list(zip(found[::2], found[1::2], strict=True))
-    gradients = [(plus - minus) / (2.0 * eps) for plus, minus in pairs]
-    return gradients, sum((plus + minus) / 2.0 for plus, minus in pairs) / len(pairs)
 
 
 def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, layout: Layout) -> State:
@@ -138,17 +110,13 @@ def draw_weights(state: State) -> npt.NDArray[np.uint16]:
     return np.asarray(np.rint(p / p.max() * DRAW_SCALE), dtype=np.uint16)
 
 
-def _uniform(state: State) -> npt.NDArray[np.uint16]:
-    return np.zeros(0, dtype=np.uint16)
-
-
 FEDKSEED = Algorithm(
     name="fedkseed",
     kind=Kind.SCALARS,
     block_rule=lambda config: "one",
     pool_size=lambda config, layout: config.K,
-    statistics=lambda blocks, size: {},
-    draw_weights=_uniform,
+    statistics=no_statistics,
+    draw_weights=no_draw_weights,
     local_update=local_update,
     aggregate=aggregate,
 )

@@ -19,21 +19,19 @@ which is server_lr * 1/(3 K_l) * g z: a third of the update.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.algorithms.base import Algorithm, LocalWork, State, shares
-from fedtune.algorithms.first_order import FirstOrder
+from fedtune.algorithms.base import Algorithm, LocalWork, State, no_draw_weights, server_rate, shares
+from fedtune.algorithms.change import Change
+from fedtune.algorithms.first_order import descend
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
 from fedtune.layout import BlockRule, Layout
-from fedtune.perturb import LiveWeights
-from fedtune.progress import ClientStep, check_stop, emit
 from fedtune.seeds import Stream
 from fedtune.wire import Instruction, Kind, Status, Update
 
@@ -46,44 +44,15 @@ OFFICIAL_FLOOR = 1e-8  # the largest norm counts as at least this in the officia
 OFFICIAL_PIECE_NORM = 10.0  # a rank-one piece of the rebuild is scaled down to this norm in the official code
 
 
-class Change(Sequence[torch.Tensor]):
-    """delta = w_end - w_start in float32, computed tensor by tensor every time that it is asked for, and never kept."""
-
-    def __init__(self, live: LiveWeights, start: Callable[[int], torch.Tensor]) -> None:
-        self.live, self.start = live, start
-
-    def __len__(self) -> int:
-        return len(self.live.parameters)
-
-    @torch.no_grad()
-    def __getitem__(self, index: Any) -> Any:
-        if index >= len(self):
-            raise IndexError(index)
-        return self.live.value(index).float() - self.start(index).float()
-
-
 def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -> Update:
     """T steps of `config.optimizer` (the paper: stochastic gradient descent), then the coordinates of w_end - w_start.
 
     A loss, gradient or weight that is not finite ends the work: the update is empty and says so. After the deadline no
     further step is begun, and the update is that of the steps done.
     """
-    start = work.start or [weight.detach().clone() for weight in work.weights].__getitem__
-    losses: list[float] = []
-    loss: float | None = None
-    with FirstOrder(work, config) as steps:
-        for step in range(config.local_steps):
-            check_stop()
-            if not work.in_time(step):
-                break
-            loss = steps.take()
-            if loss is None:
-                break
-            losses.append(loss)
-            emit(ClientStep(work.client, step + 1, config.local_steps, loss))
-    del steps  # with the optimiser's state
-    finite = loss is not None
-    found = project(work, Change(work.live, start), config, instruction) if finite else None
+    change = Change.of(work)
+    losses, finite = descend(work, config)
+    found = project(work, change, config, instruction) if finite else None
     counts, coordinates = found or _nothing(work, config, instruction)
     return Update(
         round=instruction.round,
@@ -260,16 +229,6 @@ def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, la
     return replace(state, round=state.round + 1, values=values, statistics=statistics)
 
 
-def server_rate(config: RunConfig, round: int) -> float:
-    """The server's learning rate in round `round` (from 1): constant, or falling from server_lr towards 0 by the end.
-
-    The schedules of Ferret's official code with its slr_max = server_lr and slr_min = 0.
-    """
-    done = (round - 1) / config.rounds
-    factor = {"none": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.anneal]
-    return config.server_lr * factor
-
-
 def pool_size(config: RunConfig, layout: Layout) -> int:
     """Seeds that every block can choose from: `pool_size`, or room for four times an equal share of K, at most K.
 
@@ -287,17 +246,13 @@ def _block_rule(config: RunConfig) -> BlockRule:
     return "grouped" if config.blocks == "auto" else config.blocks
 
 
-def _no_draw_weights(state: State) -> npt.NDArray[np.uint16]:
-    return np.zeros(0, dtype=np.uint16)
-
-
 FERRET = Algorithm(
     name="ferret",
     kind=Kind.COORDINATES,
     block_rule=_block_rule,
     pool_size=pool_size,
     statistics=lambda blocks, size: {"velocity": np.zeros((blocks, size)), "norms": np.zeros((blocks, 1))},
-    draw_weights=_no_draw_weights,
+    draw_weights=no_draw_weights,
     local_update=local_update,
     aggregate=aggregate,
     counts=shared_counts,

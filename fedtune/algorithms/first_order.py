@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from fedtune.algorithms.base import LocalWork
 from fedtune.config import RunConfig
 from fedtune.perturb import LiveWeights
+from fedtune.progress import ClientStep, check_stop, emit
 
 BETAS = (0.9, 0.999)  # AdamW's, its usual ones
 EPSILON = 1e-8  # AdamW's
@@ -69,6 +70,23 @@ class Optimizer:
         if index not in self._state:
             self._state[index] = tuple(torch.zeros_like(weight, dtype=torch.float32) for _ in range(count))
         return self._state[index]
+
+
+def descend(work: LocalWork, config: RunConfig) -> tuple[list[float], bool]:
+    """T = `client_steps` steps: (the loss of each, whether all was finite). After the deadline no further one is begun."""
+    losses: list[float] = []
+    loss: float | None = None
+    with FirstOrder(work, config) as steps:
+        for step in range(config.client_steps):
+            check_stop()
+            if not work.in_time(step):
+                break
+            loss = steps.take()
+            if loss is None:
+                break
+            losses.append(loss)
+            emit(ClientStep(work.client, step + 1, config.client_steps, loss))
+    return losses, loss is not None
 
 
 class FirstOrder:

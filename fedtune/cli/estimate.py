@@ -81,7 +81,7 @@ def _table(found: Needs, config: RunConfig) -> Table:
 
 
 def _memory_rows(found: Needs, config: RunConfig) -> list[TableRow]:
-    memory, first_order = found.memory, config.algorithm == "ferret"
+    memory, first_order = found.memory, config.first_order
     mine, other = (memory.first_order, memory.zeroth_order) if first_order else (memory.zeroth_order, memory.first_order)
     rows = [
         ("parameters", f"{found.parameters:,}", ""),
@@ -105,11 +105,12 @@ def _byte_rows(found: Needs, config: RunConfig) -> list[TableRow]:
         if config.pool_every
         else "at most; early rounds, and clients asked lately, get less"
     )
+    ratio = f"{in_ratio(found.fedavg / found.payload)} as much" if found.payload else ""
     return [
         ("up, client and round", in_bytes(found.up), ""),
         ("down, client and round", in_bytes(found.down), down),
         ("payload, whole run", in_bytes(found.payload), f"at most; {found.client_rounds} client-rounds"),
-        ("FedAvg, the same rounds", in_bytes(found.fedavg), f"{in_ratio(found.fedavg / found.payload)} as much"),
+        ("FedAvg, the same rounds", in_bytes(found.fedavg), ratio),
     ]
 
 

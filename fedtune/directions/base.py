@@ -1,7 +1,8 @@
 """What a family of directions is: the contract between the method and the kernels.
 
 A family maps (pool seed, k, position) to a value z_k[p], and to nothing else: not device, dtype, chunk or thread count.
-E[z z^T] = I over pool seeds. Positions come from `fedtune.layout`: element i of a tensor is at `entry.origin + i`.
+E[z z^T] = I over pool seeds, but for `axes`, which is not random. Positions come from `fedtune.layout`: element i of a
+tensor is at `entry.origin + i`.
 
 A family works on contiguous 1-D float32 numpy arrays, a run of positions p0 .. p0+m-1 at a time; `host.py` cuts
 tensors of any dtype, device and layout into such runs. `cpu/` holds the kernels; `gpu/` those for CUDA, which give the
@@ -25,6 +26,8 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 MAX_POOL = 65536  # the largest tile of family hadamard
+MAX_AXES = 2**40  # parameters of a model
+DISJOINT = ("axes",)  # families in which no two directions of a pool have a position in common
 MAX_RANK = 256  # of family lowrank: the factors of one seed are made at once
 
 
@@ -43,12 +46,17 @@ class Pool:
     rank: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.size <= MAX_POOL:
+        if not 1 <= self.size <= (MAX_POOL if not self.disjoint else MAX_AXES):
             raise DirectionsError(f"A pool has 1 to {MAX_POOL} seeds, not {self.size}: lower K.", size=self.size)
         if self.candidates and len(self.candidates) != self.size:
             raise DirectionsError(f"The pool has {self.size} seeds but {len(self.candidates)} candidates were given.")
         if not 1 <= self.rank <= MAX_RANK:
             raise DirectionsError(f"A direction has rank 1 to {MAX_RANK}, not {self.rank}: change rank.", rank=self.rank)
+
+    @property
+    def disjoint(self) -> bool:
+        """Every position belongs to one direction at most, so that there are no sums of coefficients, which must be exact."""
+        return self.family in DISJOINT
 
     @property
     def identity(self) -> bytes:
@@ -63,7 +71,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     exact: ClassVar[bool]
-    """Values are +1 or -1, so sums of grid coefficients are exact in float32 and equal on every device."""
+    """Sums of grid coefficients are exact in float32 (values of +1 or -1) or there are none: equal on every device."""
     fast_combine: ClassVar[bool]
     """The cost of `combine` and `project` does not grow with K, so a replica is rebuilt rather than copied."""
     whole: ClassVar[bool] = False

@@ -3,7 +3,8 @@
 numba       on the CPU, in place
 triton      on a CUDA device, in place
 torch       on any other device, and on CUDA where Triton cannot run: ordinary torch operations there
-host        families that torch's own CPU generator draws, on any other device: chunk by chunk through host memory; slow
+host        families that torch's own CPU generator draws, and axes, on any other device: chunk by chunk through host memory;
+            slow
 
 Of family lowrank the last word is the device's matrix products; triton and torch say what makes its factors.
 """
@@ -18,7 +19,7 @@ from functools import lru_cache
 import torch
 
 from fedtune.directions.backends import Backend
-from fedtune.directions.base import Family
+from fedtune.directions.base import DISJOINT, Family
 from fedtune.directions.factors import Fill
 from fedtune.directions.host import HostBackend
 from fedtune.directions.rows import RowsBackend
@@ -34,6 +35,8 @@ def choose_kernels(device: torch.device, family: str) -> tuple[str, str]:
     """(name, reason) of the kernels for tensors on `device`."""
     if device.type == "cpu":
         return "numba", "the tensors are on the CPU"
+    if family in DISJOINT:
+        return "host", f"family {family} adds a number to each weight, which is not worth kernels of its own"
     if family not in COUNTED:
         return "host", f"family {family} is drawn on the CPU, so tensors go through host memory, slowly"
     missing = _missing_for_triton(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.directions.axes import Axes
 from fedtune.directions.base import F32, F64, Family, Pool
 from fedtune.directions.counters import column_shifts, pool_key, tile_bits
 from fedtune.directions.cpu import gaussian, hadamard, rademacher
@@ -92,5 +93,5 @@ def _numbers(pool: Pool, wanted: npt.NDArray[np.bool_] | None) -> npt.NDArray[np
 
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Hadamard, Rademacher, Gaussian, Lowrank, TorchStream, TorchTruncated)
+    family.name: family for family in (Hadamard, Rademacher, Gaussian, Lowrank, TorchStream, TorchTruncated, Axes)
 }

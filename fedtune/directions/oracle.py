@@ -27,6 +27,8 @@ def dense(pool: Pool, layout: Layout) -> F64:
     """float64 [K, d]: row k is z_k over all trainable elements, tensors joined in layout order."""
     if pool.family in ("torch", "torch-truncated"):
         return _official(pool, layout)
+    if pool.family == "axes":
+        return np.eye(pool.size, layout.numel)
     if pool.family == "lowrank":
         return np.stack([np.concatenate([lowrank(pool, k, entry) for entry in layout.entries]) for k in range(pool.size)])
     rules: dict[str, Callable[[Pool, int, I64], F64]] = {"hadamard": hadamard, "rademacher": rademacher, "gaussian": gaussian}

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.algorithms import ALGORITHMS
-from fedtune.algorithms.ferret import allocate, chosen_seeds, clip_pieces, most_coordinates, pool_size, scales, server_rate
+from fedtune.algorithms.base import server_rate
+from fedtune.algorithms.ferret import allocate, chosen_seeds, clip_pieces, most_coordinates, pool_size, scales
 from fedtune.config import RunConfig
 from fedtune.errors import ContradictionError
 from fedtune.layout import Layout

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedtune.algorithms import ALGORITHMS
-from fedtune.algorithms.ferret import Change
+from fedtune.algorithms.change import Change
 from fedtune.algorithms.ferret import local_update as ferret_update
 from fedtune.config import RunConfig
 from fedtune.replica import Replica

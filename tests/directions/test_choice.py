@@ -110,7 +110,7 @@ def test_other_devices_have_torch_operations(device: str, family: str) -> None:
 
 
 @pytest.mark.usefixtures("good_cuda")
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(COUNTED)))
+@pytest.mark.parametrize("family", ["torch", "torch-truncated"])
 @pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
 def test_families_that_torch_draws_go_through_host_memory(device: str, family: str) -> None:
     reason = f"family {family} is drawn on the CPU, so tensors go through host memory, slowly"

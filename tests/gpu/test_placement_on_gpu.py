@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.algorithms.fedkseed import two_point
+from fedtune.algorithms.zeroth_order import two_point
 from fedtune.config import RunConfig
 from fedtune.resident import Resident
 

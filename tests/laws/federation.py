@@ -38,6 +38,16 @@ SETTINGS: dict[str, dict[str, object]] = {
         "algorithm": "ferret", "K": 16, "lr": 1e-2, "momentum": 0.5,
         "family": "torch-truncated", "allocation": "official", "reconstruction": "official",
     },
+    "fedavg": {"algorithm": "fedavg", "lr": 1e-2},
+    "fedavg-16bit": {
+        "algorithm": "fedavg", "lr": 1e-3, "optimizer": "adamw", "server_lr": 0.5, "coefficient_bits": 16, "scalar_bits": 16,
+    },
+    "fedzo": {"algorithm": "fedzo", "lr": 1e-3, "eps": 1e-3},
+    "fedzo-lowrank": {"algorithm": "fedzo", "lr": 1e-3, "eps": 1e-3, "family": "lowrank", "rank": 2, "directions_per_step": 2},
+    "decomfl": {"algorithm": "decomfl", "lr": 1e-3, "eps": 1e-3, "directions_per_step": 2},
+    "lora": {"algorithm": "lora", "lr": 1e-1, "lora_rank": 2},
+    "local": {"algorithm": "local", "lr": 1e-2, "only_client": "2"},
+    "central": {"algorithm": "central", "lr": 1e-2},
 }  # fmt: skip
 ALGORITHMS = tuple(SETTINGS)
 
