@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedtune import methods
 from fedtune.contradictions import refuse_contradictions
 from fedtune.errors import ConfigError, UnknownSettingError
-from fedtune.methods import Scalar as Scalar  # noqa: PLC0414 (a name of this module for others)
+
+Scalar = methods.Scalar
 
 _ALIASES = {  # what others call a setting, for the hint in an error
     "learning_rate": "lr",

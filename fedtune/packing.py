@@ -18,10 +18,10 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.bits import Reader, pack_integers, packed_length, unpack_integers
 from fedtune.coefficients import MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, StaleReplicaError
-from fedtune.numbers import Reader, pack_integers, packed_length, unpack_integers
 
 Known = Callable[[], PoolCoefficients | None]
 """Gives the coefficients of a pool that the reader has from an earlier round, if any."""

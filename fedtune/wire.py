@@ -16,7 +16,7 @@ byte, and raises a WireError for anything it does not expect; nothing is unpickl
     kind 2 (scalars):      steps x P x number
     kind 3 (coordinates):  [L x u16 counts |] sum of counts x number, or L x bfloat16 units | packed whole numbers
     kind 4 (weights):      d x number; nothing with status 1
-fedtune/numbers.py has the bits of a number.
+fedtune/bits.py has the bits of a number.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune import packing
+from fedtune.bits import UNIT_BITS, Reader, pack_blocks, pack_scalars, packed_length, unpack_blocks, unpack_scalars
 from fedtune.coefficients import PoolCoefficients
 from fedtune.directions.base import F32, Pool
 from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError
-from fedtune.numbers import UNIT_BITS, Reader, pack_blocks, pack_scalars, packed_length, unpack_blocks, unpack_scalars
 from fedtune.packing import take_pool
 
 I64 = npt.NDArray[np.int64]

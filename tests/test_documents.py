@@ -118,7 +118,11 @@ def test_commands_in_the_documents_are_accepted(document: Path) -> None:
 def test_methods_describes_every_setting_and_choice_of_the_methods() -> None:
     """docs/methods.md names each setting of the groups that the methods use, and each of its choices, in backquotes."""
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    keys = [key for title in ("Method", "FedKSeed", "Ferret", "Directions", "Messages") for key in grouped()[title]]
+    keys = [
+        key
+        for title in ("Method", "Zeroth order", "Ferret and first order", "Comparison", "Directions", "Messages")
+        for key in grouped()[title]
+    ]
     choices = [str(choice) for key in keys for choice in get_args(RunConfig.model_fields[key].annotation)]
     assert len(keys) > 20
     named = set(re.findall(r"[\w-]+", " ".join(spans_of(text))))

@@ -15,6 +15,7 @@ import pytest
 
 from fedtune import wire
 from fedtune.algorithms.base import shares
+from fedtune.bits import round_scalars
 from fedtune.chain import canonical, link
 from fedtune.config import RunConfig
 from fedtune.errors import (
@@ -27,7 +28,6 @@ from fedtune.errors import (
 from fedtune.layout import Layout
 from fedtune.ledger import Header, Ledger, Round, Used
 from fedtune.ledger_file import FORMAT, LEDGER
-from fedtune.numbers import round_scalars
 from fedtune.replay import Rules, read_update, restore, snapshot_of
 from fedtune.seeds import Stream
 from fedtune.traffic import Traffic

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import numbers, packing, wire
+from fedtune import bits as words
+from fedtune import packing, wire
 from fedtune.coefficients import PoolCoefficients, quantise
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError, StaleReplicaError, WireError
@@ -41,12 +42,17 @@ def coordinates(**changes: object) -> Update:
     return replace(Update(4, DIGEST, Status.FINISHED, 20, 120, 2.5, values, np.array([1, 0, 2])), **changes)
 
 
+def weights(**changes: object) -> Update:
+    """Of a model of three parameters."""
+    return scalars(weights=True, **changes)
+
+
 def read_instruction(data: bytes, bits: int = 4) -> Instruction:
     return wire.decode_instruction(data, POOLS.__getitem__, len(POOLS), 1, bits)
 
 
 def read_update(data: bytes, kind: Kind = Kind.SCALARS, bits: int = 32, **changes: object) -> Update:
-    asked = {"round": 4, "digest": DIGEST, "max_steps": 50, "blocks": 3, "max_count": 8, **changes}
+    asked = {"round": 4, "digest": DIGEST, "max_steps": 50, "blocks": 3, "max_count": 8, "parameters": 3, **changes}
     return wire.decode_update(data, kind=kind, bits=bits, **asked)
 
 
@@ -105,6 +111,25 @@ def test_every_form_of_a_pool_survives(seed: int, bits: int) -> None:
     assert packing.decode_pool(packing.encode_pool(sent, bits), pool, 3, bits).identity == sent.identity
 
 
+def test_golden_bytes_of_an_update_of_weights() -> None:
+    head = "46540204" + "04000000" + DIGEST.hex()
+    tail = "03000000" + "78000000" + "00002040"
+    assert wire.encode_update(weights(), 32).hex() == head + "00" + tail + "0000803f" + "000020c0" + "00000000"
+    assert wire.encode_update(weights(), 16).hex() == head + "00" + tail + "803f" + "20c0" + "0000"
+    ended = weights(status=Status.NOT_FINITE, scalars=np.zeros(0, np.float32))
+    assert wire.encode_update(ended, 32).hex() == head + "01" + tail
+    assert read_update(wire.encode_update(ended, 32), Kind.WEIGHTS).status == Status.NOT_FINITE
+
+
+def test_golden_bytes_of_a_pool_of_axes() -> None:
+    """32 bits a weight: whole numbers plus 2^31, lowest byte first."""
+    pool = Pool("axes", 0, 3)
+    full = PoolCoefficients(pool, np.array([[1, -3, 2**31 - 1]], np.int32), np.array([-40], np.int32))
+    written = packing.encode_pool(full, 32)
+    assert written.hex() == "726042168fc0cdbd" + "01" + "d8" + "01000080" + "fdffff7f" + "ffffffff"
+    assert packing.decode_pool(written, pool, 1, 32).q.tolist() == full.q.tolist()
+
+
 def test_golden_identity_of_a_pool() -> None:
     assert POOLS[0].identity.hex() == "8debccaa7999f93e"
 
@@ -120,13 +145,13 @@ def test_an_instruction_survives_the_wire(bits: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 24), st.data())
+@given(st.integers(2, 32), st.data())
 def test_packed_integers_survive(bits: int, data: st.DataObject) -> None:
     limit = 2 ** (bits - 1) - 1
     values = np.array(data.draw(st.lists(st.integers(-limit, limit), max_size=40)), dtype=np.int32)
-    packed = numbers.pack_integers(values, bits)
+    packed = words.pack_integers(values, bits)
     assert len(packed) == -(-len(values) * bits // 8)
-    assert numbers.unpack_integers(packed, len(values), bits).tolist() == values.tolist()
+    assert words.unpack_integers(packed, len(values), bits).tolist() == values.tolist()
 
 
 def test_the_shorter_form_is_chosen() -> None:
@@ -170,6 +195,8 @@ def test_updates_survive_the_wire(bits: int) -> None:
     got = read_update(wire.encode_update(scalars(), bits), bits=bits)
     assert got.scalars.tolist() == [1.0, -2.5, 0.0]
     assert (got.steps, got.examples, got.train_loss, got.status) == (3, 120, 2.5, Status.FINISHED)
+    got = read_update(wire.encode_update(weights(), bits), Kind.WEIGHTS, bits)
+    assert (got.scalars.tolist(), got.weights) == ([1.0, -2.5, 0.0], True)
     got = read_update(wire.encode_update(coordinates(), bits), Kind.COORDINATES, bits)
     assert (got.counts.tolist(), got.scalars.tolist()) == ([1, 0, 2], [0.5, -0.25, 8.0])
 
@@ -186,14 +213,14 @@ def test_a_step_of_several_directions_has_as_many_scalars() -> None:
 
 @given(st.floats(-60000.0, 60000.0, width=32))
 def test_eight_bit_scalars_are_near_and_stay(value: float) -> None:
-    rounded = float(numbers.round_scalars(np.array([value], dtype=np.float32), 8)[0])
+    rounded = float(words.round_scalars(np.array([value], dtype=np.float32), 8)[0])
     assert abs(rounded - value) <= max(abs(value) / 8, 2.0**-17 * 1.01)
-    assert float(numbers.round_scalars(np.array([rounded], dtype=np.float32), 8)[0]) == rounded
+    assert float(words.round_scalars(np.array([rounded], dtype=np.float32), 8)[0]) == rounded
 
 
 def test_what_is_too_large_or_not_finite_for_eight_bits() -> None:
     sent = np.array([1e9, -1e9, np.inf, -np.inf, np.nan, 57344.0], dtype=np.float32)
-    got = numbers.round_scalars(sent, 8)
+    got = words.round_scalars(sent, 8)
     assert got[[0, 1, 5]].tolist() == [57344.0, -57344.0, 57344.0]
     assert not np.isfinite(got[2:5]).any()
     assert np.isnan(got[4])
@@ -206,10 +233,10 @@ def test_coordinates_are_within_half_a_unit_of_their_block(counts: list[int], bi
     owner = np.repeat(np.arange(len(counts)), counts)
     values = (random.normal(size=len(owner)) * 10.0 ** random.uniform(-6, 6, size=len(counts))[owner]).astype(np.float32)
     sizes = np.array(counts, dtype=np.int64)
-    data = numbers.pack_blocks(values, sizes, bits)
+    data = words.pack_blocks(values, sizes, bits)
     assert len(data) == 2 * len(counts) + -(-len(values) * bits // 8)
-    reader = numbers.Reader(data)
-    got = numbers.unpack_blocks(reader, sizes, bits)
+    reader = words.Reader(data)
+    got = words.unpack_blocks(reader, sizes, bits)
     reader.finish()
     largest = np.array([np.abs(values[owner == block]).max(initial=0.0) for block in range(len(counts))])
     assert (np.abs(got - values) <= 0.51 * 1.008 * largest[owner] / (2 ** (bits - 1) - 1)).all()
@@ -217,9 +244,9 @@ def test_coordinates_are_within_half_a_unit_of_their_block(counts: list[int], bi
 
 @given(st.floats(-(2.0**120), 2.0**120, width=32))
 def test_sixteen_bit_scalars_are_the_nearest_ones(value: float) -> None:
-    rounded = float(numbers.round_scalars(np.array([value], dtype=np.float32), 16)[0])
+    rounded = float(words.round_scalars(np.array([value], dtype=np.float32), 16)[0])
     assert abs(rounded - value) <= abs(value) * 2.0**-8 or abs(value) < 2.0**-120
-    again = numbers.round_scalars(np.array([rounded], dtype=np.float32), 16)
+    again = words.round_scalars(np.array([rounded], dtype=np.float32), 16)
     assert float(again[0]) == rounded
 
 
@@ -276,7 +303,8 @@ def tampered_updates() -> dict[str, tuple[bytes, Kind, type[WireError], str]]:
     good = wire.encode_update(scalars(), 32)
     table = wire.encode_update(coordinates(), 32)
     nan = scalars(scalars=np.array([1.0, np.nan, 0.0], np.float32))
-    s, c = Kind.SCALARS, Kind.COORDINATES
+    s, c, w = Kind.SCALARS, Kind.COORDINATES, Kind.WEIGHTS
+    full = wire.encode_update(weights(), 32)
     return {
         "empty": (b"", s, MalformedMessageError, "ends after 0 bytes"),
         "truncated": (good[:-1], s, MalformedMessageError, "were announced"),
@@ -290,6 +318,12 @@ def tampered_updates() -> dict[str, tuple[bytes, Kind, type[WireError], str]]:
         "other algorithm": (table, s, MalformedMessageError, "kind 3"),
         "NaN scalar": (wire.encode_update(nan, 32), s, NonFiniteError, "not finite"),
         "infinite loss": (wire.encode_update(scalars(train_loss=float("inf")), 32), s, NonFiniteError, "not finite"),
+        "weights in place of scalars": (full, s, MalformedMessageError, "kind 4"),
+        "scalars in place of weights": (good, w, MalformedMessageError, "kind 2"),
+        "a weight too few": (full[:-4], w, MalformedMessageError, "ends after 45 bytes; 49 were announced"),
+        "a weight too many": (full + b"\0\0\0\0", w, MalformedMessageError, "has 53 bytes; 49 were announced"),
+        "weights of a client that failed": (full[:24] + b"\x01" + full[25:], w, MalformedMessageError, "37 were announced"),
+        "NaN weight": (full[:-4] + b"\0\0\xc0\x7f", w, NonFiniteError, "not finite"),
         "more coordinates than seeds": (
             wire.encode_update(coordinates(counts=np.array([9, 0, 2])), 32), c, MalformedMessageError, "the pool has 8",
         ),
@@ -311,7 +345,7 @@ def test_a_hostile_update_is_refused(name: str) -> None:
 def test_random_bytes_never_cause_anything_but_a_wire_error(noise: bytes, with_head: bool) -> None:
     good = wire.encode_update(scalars(), 32)
     data = good[:8] + noise if with_head else noise
-    for kind in (Kind.SCALARS, Kind.COORDINATES):
+    for kind in (Kind.SCALARS, Kind.COORDINATES, Kind.WEIGHTS):
         try:
             read_update(data, kind)
         except WireError:
@@ -426,3 +460,14 @@ def test_coefficients_beyond_exact_sums_are_refused() -> None:
     heavy = PoolCoefficients(POOLS[0], np.full((1, 8), 2**23 - 1, np.int32), np.zeros(1, np.int32))
     with pytest.raises(MalformedMessageError, match="too large for exact sums"):
         packing.decode_pool(packing.encode_pool(heavy, 24), POOLS[0], 1, 24)
+
+
+def test_axes_have_no_sums_and_are_never_a_difference() -> None:
+    pool = Pool("axes", 0, 8)
+    full = PoolCoefficients(pool, np.full((1, 8), 2**31 - 1, np.int32), np.zeros(1, np.int32))
+    written = packing.encode_pool(full, 32, full)
+    assert packing.decode_pool(written, pool, 1, 32).q.tolist() == full.q.tolist()
+    with pytest.raises(MalformedMessageError, match="no form 3"):
+        packing.decode_pool(written[:8] + b"\x03" + written[9:], pool, 1, 32)
+    with pytest.raises(MalformedMessageError, match="too large for exact sums"):  # 2^31 2^100 is no float32
+        packing.decode_pool(written[:9] + b"\x64" + written[10:], pool, 1, 32)

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from fedtune.algorithms.base import LocalWork
+from fedtune.bits import round_scalars
 from fedtune.config import RunConfig
 from fedtune.directions.base import F32
-from fedtune.numbers import round_scalars
 from fedtune.progress import ClientStep, check_stop, emit
 from fedtune.wire import Status
 

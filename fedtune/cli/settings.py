@@ -16,9 +16,9 @@ from fedtune.errors import UnknownSettingError
 # Title of each group and the first setting in it; a group goes on until the next one starts.
 GROUPS = {
     "algorithm": "Method",
-    "eps": "FedKSeed and other zeroth-order methods",
-    "server_lr": "Ferret and other first-order methods",
-    "lora_rank": "Methods to compare with",
+    "eps": "Zeroth order",
+    "server_lr": "Ferret and first order",
+    "lora_rank": "Comparison",
     "family": "Directions",
     "coefficient_bits": "Messages",
     "model": "Model",
