@@ -151,8 +151,7 @@ class MissingPackageError(FedtuneError):
         """Of `package`, needed for `purpose` ("Parquet tables"), which comes with fedtune's optional `extra`, if with any."""
         install = f"fedtune[{extra}]" if extra else package
         return cls(
-            f"{purpose[0].upper()}{purpose[1:]} need the package '{package}', which is not installed: "
-            f"pip install '{install}'.",
+            f"{purpose[0].upper()}{purpose[1:]} need the package '{package}', which is not installed: pip install '{install}'.",
             package=package,
             extra=extra,
         )

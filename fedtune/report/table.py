@@ -73,8 +73,10 @@ def rows_of(metrics: Iterable[Mapping[str, Any]], *, preset: str, algorithm: str
         phases = line.get("seconds")
         total += up + down
         seconds += sum(_number(value) or 0.0 for value in phases.values()) if isinstance(phases, Mapping) else 0.0
-        scores = {name: _number(line.get(name)) for name in ("eval_loss", "eval_loss_sample_mean", "rouge_l", "exact_match")}
-        counts = {"bytes_up": up, "bytes_down": down, "cumulative_bytes": total}
+        scores: dict[str, Any] = {
+            name: _number(line.get(name)) for name in ("eval_loss", "eval_loss_sample_mean", "rouge_l", "exact_match")
+        }
+        counts: dict[str, Any] = {"bytes_up": up, "bytes_down": down, "cumulative_bytes": total}
         number = int(_number(line.get("round")) or 0)
         rows.append(Row(preset, algorithm, label, seed, number, **scores, **counts, seconds=round(seconds, 4)))
     return rows
