@@ -69,15 +69,15 @@ def rows_of(metrics: Iterable[Mapping[str, Any]], *, preset: str, algorithm: str
     """
     total, seconds, rows = 0, 0.0, []
     for line in metrics:
-        up, down = int(_number(line.get("bytes_up")) or 0), int(_number(line.get("bytes_down")) or 0)
+        up, down = int(measured(line.get("bytes_up")) or 0), int(measured(line.get("bytes_down")) or 0)
         phases = line.get("seconds")
         total += up + down
-        seconds += sum(_number(value) or 0.0 for value in phases.values()) if isinstance(phases, Mapping) else 0.0
+        seconds += sum(measured(value) or 0.0 for value in phases.values()) if isinstance(phases, Mapping) else 0.0
         scores: dict[str, Any] = {
-            name: _number(line.get(name)) for name in ("eval_loss", "eval_loss_sample_mean", "rouge_l", "exact_match")
+            name: measured(line.get(name)) for name in ("eval_loss", "eval_loss_sample_mean", "rouge_l", "exact_match")
         }
         counts: dict[str, Any] = {"bytes_up": up, "bytes_down": down, "cumulative_bytes": total}
-        number = int(_number(line.get("round")) or 0)
+        number = int(measured(line.get("round")) or 0)
         rows.append(Row(preset, algorithm, label, seed, number, **scores, **counts, seconds=round(seconds, 4)))
     return rows
 
@@ -195,7 +195,7 @@ def _as_text(value: str | int | float | None) -> str:
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
-def _number(value: object) -> float | None:
-    """A finite number, or None."""
+def measured(value: object) -> float | None:
+    """What stands in metrics.jsonl or another file as a finite number; None for anything else."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if known and isinstance(value, int | float) else None
