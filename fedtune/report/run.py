@@ -59,7 +59,6 @@ class Run:
     path: Path
     doing: str
     error: str
-    asked: Mapping[str, Any]
     used: Mapping[str, Any]
     versions: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
@@ -140,8 +139,7 @@ def read_run(path: Path) -> Run:
         path=path,
         doing=reader.attempt(lambda: str(said(reader.folder).get("doing", "")), "") or ("finished" if summary else "unknown"),
         error=_error(reader),
-        asked=_part(config, "asked"),
-        used=_part(config, "used"),
+        used=_used(config),
         versions=reader.mapping(VERSIONS),
         rows=rows,
         summary=summary,
@@ -161,8 +159,8 @@ def phases(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in pairs.items() if value is not None}
 
 
-def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = config.get(key)
+def _used(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("used")
     return found if isinstance(found, Mapping) else {}
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedtune.config import RunConfig
 from fedtune.numbers import in_bytes, in_loss, in_ratio, in_time
 from fedtune.report.markup import Content, Html, cut, join, tag
 from fedtune.report.run import Client, Run, phases
@@ -157,7 +158,7 @@ def rounds(run: Run) -> Html:
         cells += [in_bytes(measured(row.get(key)) or 0) for key in ("bytes_up", "bytes_down")]
         cells += [in_time(spent[name]) if name in spent else "-" for name in names]
         cells += [str(len(refused)) if isinstance(refused, Mapping) and refused else "-"]
-        rows.append([*cells, tag("span", str(row.get("digest", ""))[:12], class_="code")])
+        rows.append([*cells, tag("span", str(row.get("digest", ""))[:12], class_="code short")])
     earlier = len(run.rows) - MOST_ROUNDS
     note = tag("p", f"The last {MOST_ROUNDS}; {earlier} earlier ones are in metrics.jsonl.") if earlier > 0 else None
     return heading("Rounds", note, table(head, rows)) if rows else Html("")
@@ -192,9 +193,10 @@ def _said(name: str, text: str | None) -> Html:
 
 
 def settings(run: Run) -> Html:
-    """Every setting; those that were given stand out."""
-    items = [_pair(name, value, given=name in run.asked) for name, value in run.used.items()]
-    note = tag("p", "Bold: given by the preset or on the command line; the others are defaults.", class_="quiet")
+    """Every setting; those that are not fedtune's defaults stand out."""
+    defaults = RunConfig().as_mapping()
+    items = [_pair(name, value, given=defaults.get(name) != value) for name, value in run.used.items()]
+    note = tag("p", "Bold: other than fedtune's default.", class_="quiet")
     return heading("Configuration", note, tag("dl", *items, class_="settings")) if items else Html("")
 
 

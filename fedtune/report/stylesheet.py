@@ -36,15 +36,16 @@ p{{margin:0 0 8px}}
 .quiet{{color:var(--quiet)}}
 .path,.code,.reply,dd,td{{overflow-wrap:anywhere}}
 .code{{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.86em}}
+.short{{white-space:nowrap}}
 .state{{display:inline-block;margin:8px 0;padding:3px 12px;border:1.5px solid currentColor;border-radius:99px;font-weight:600;
  font-size:.9rem;color:var(--accent)}}
 .state.bad{{color:var(--bad)}} .state.wait{{color:var(--wait)}}
 .notice{{border-left:4px solid var(--bad);background:var(--raised);padding:10px 14px;margin:10px 0;white-space:pre-wrap;
  overflow-wrap:anywhere}}
-.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:10px;margin:16px 0 0}}
+.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:10px;margin:16px 0 0}}
 .tile{{background:var(--raised);border:1px solid var(--rule);border-radius:10px;padding:10px 14px}}
 .tile .name{{font-size:.84rem;color:var(--quiet)}}
-.tile .value{{font-size:1.32rem;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums}}
+.tile .value{{font-size:1.25rem;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums}}
 .tile .more{{font-size:.84rem;color:var(--quiet)}}
 .charts{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:24px 28px}}
 figure{{margin:0;min-width:0;break-inside:avoid}}
@@ -83,12 +84,12 @@ th[scope=row]{{color:var(--ink)}}
 .settings .given dt,.settings .given dd{{color:var(--ink);font-weight:650}}
 footer{{margin-top:40px;color:var(--quiet);font-size:.84rem}}
 @media (max-width:520px){{h1{{font-size:1.35rem}} main{{padding:14px 14px 40px}} .tiles{{grid-template-columns:1fr 1fr}}
- .tile .value{{font-size:1.12rem}} .tile{{padding:8px 10px}}}}
+ .tile .value{{font-size:1rem}} .tile{{padding:8px 10px}} .chart text,.chart .title{{font-size:13.5px}}}}
 @media print{{
  @page{{margin:14mm 12mm}}
  body{{font-size:10.5pt}} main{{max-width:none;padding:0}}
  .wide{{overflow:visible}} table{{font-size:8.5pt}} th,td{{padding-right:8px}}
- .charts{{grid-template-columns:1fr 1fr;gap:14px 18px}} .tiles{{grid-template-columns:repeat(4,1fr)}}
+ .charts{{grid-template-columns:1fr 1fr;gap:14px 18px}} .tiles{{grid-template-columns:repeat(4,1fr)}} .tile .value{{font-size:11pt}}
  h2{{break-after:avoid;margin-top:22px}} tr,.tile{{break-inside:avoid}} thead{{display:table-header-group}}
  .bar,.pattern,.tile,.level *{{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
  .settings{{columns:2}}
