@@ -54,7 +54,7 @@ def compared(runs: Sequence[Run], names: Sequence[str]) -> Html:
         figure("Held-out loss by round", of(lambda run: of_round(run, "eval_loss")), ROUND, LOSS),
         figure("Held-out loss by payload so far", of(by_bytes), payload_axis(runs), LOSS),
         figure("Held-out loss by time", of(by_seconds), seconds, LOSS),
-        figure("Payload of a round, both directions", of(bytes_by_round), ROUND, Axis("bytes, all clients", short_bytes)),
+        figure("Payload of a round, both directions", of(bytes_by_round), ROUND, bytes_axis(runs)),
     ]
     if any(len(run.values("rouge_l")) >= FEWEST for run in runs):
         charts.append(
@@ -76,6 +76,12 @@ def payload_axis(runs: Sequence[Run]) -> Axis:
     """Logarithmic where runs differ by more than a factor of ten, as the bytes of algorithms do."""
     totals = [total for run in runs if (total := run.total("bytes_up") + run.total("bytes_down"))]
     return Axis("payload so far, all clients", short_bytes, log=bool(totals) and max(totals) > 10 * min(totals))
+
+
+def bytes_axis(runs: Sequence[Run]) -> Axis:
+    """Bytes of a round; logarithmic where they differ by more than a factor of twenty."""
+    found = [value for run in runs for _, value in bytes_by_round(run) if value > 0]
+    return Axis("bytes, all clients", short_bytes, log=bool(found) and max(found) > 20 * min(found))
 
 
 def of_round(run: Run, key: str) -> Points:

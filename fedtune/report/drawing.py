@@ -14,7 +14,7 @@ from fedtune.report.markup import Html, join, tag
 from fedtune.report.styles import style
 
 WIDTH, HEIGHT = 440, 260
-LEFT, RIGHT, TOP, BOTTOM = 68, 12, 12, 40  # room for ticks and titles
+LEFT, RIGHT, TOP, BOTTOM = 80, 12, 12, 40  # room for ticks and titles
 MOST_MARKS, MOST_BARS = 24, 60
 Show = Callable[[float], str]
 
@@ -55,16 +55,21 @@ class Scale:
 
 
 def line_chart(series: Sequence[Series], x: Axis, y: Axis, describe: str) -> Html:
-    """Lines with markers. On a logarithmic x axis points that are not above 0 are left out."""
-    shown = [Series(one.name, [p for p in one.points if p[0] > 0 or not x.log], one.number) for one in series]
+    """Lines with markers. On a logarithmic axis points that are not above 0 are left out."""
+    shown = [Series(one.name, [p for p in one.points if _on(p, x, y)], one.number) for one in series]
     xs = [point[0] for one in shown for point in one.points]
     ys = [point[1] for one in shown for point in one.points]
     if not xs:
         return tag("p", "No finite value was measured.", class_="empty")
     across = _scale(xs, LEFT, WIDTH - RIGHT, log=x.log, whole=x.whole, tight=True)
-    upwards = _scale(ys, HEIGHT - BOTTOM, TOP)
+    upwards = _scale(ys, HEIGHT - BOTTOM, TOP, log=y.log)
     parts = [_y_axis(upwards, y), _x_axis(across, x), *(_line(one, across, upwards, x, y) for one in shown)]
     return _svg(parts, describe)
+
+
+def _on(point: tuple[float, float], x: Axis, y: Axis) -> bool:
+    """Whether a point has a place on both axes."""
+    return (point[0] > 0 or not x.log) and (point[1] > 0 or not y.log)
 
 
 def _line(one: Series, across: Scale, upwards: Scale, x: Axis, y: Axis) -> Html:

@@ -75,6 +75,7 @@ def _change(run: Run, name: str, key: str) -> Html:
     found = run.values(key)
     best = min(found, key=lambda pair: pair[1]) if found else None
     more = f"lowest {in_loss(best[1])} after round {best[0]}" if best else "never measured"
+    more += "; in the last round not measured, or not finite" if after is None and best else ""
     return tile(name, f"{in_loss(before)} \u2192 {in_loss(after)}", more)
 
 
@@ -194,7 +195,7 @@ def _said(name: str, text: str | None) -> Html:
 
 def settings(run: Run) -> Html:
     """Every setting; those that are not fedtune's defaults stand out."""
-    defaults = RunConfig().as_mapping()
+    defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
     items = [_pair(name, value, given=defaults.get(name) != value) for name, value in run.used.items()]
     note = tag("p", "Bold: other than fedtune's default.", class_="quiet")
     return heading("Configuration", note, tag("dl", *items, class_="settings")) if items else Html("")

@@ -34,7 +34,7 @@ h2{{font-size:1.2rem;margin:40px 0 12px;padding-bottom:4px;border-bottom:1px sol
 h3{{font-size:1rem;margin:0 0 6px}}
 p{{margin:0 0 8px}}
 .quiet{{color:var(--quiet)}}
-.path,.code,.reply,dd,td{{overflow-wrap:anywhere}}
+.path,.reply,dd{{overflow-wrap:anywhere}} td{{overflow-wrap:break-word;max-width:30em}}
 .code{{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.86em}}
 .short{{white-space:nowrap}}
 .state{{display:inline-block;margin:8px 0;padding:3px 12px;border:1.5px solid currentColor;border-radius:99px;font-weight:600;
@@ -80,7 +80,7 @@ th[scope=row]{{color:var(--ink)}}
 .settings{{columns:3 300px;column-gap:32px;margin:0;font-size:.9rem}}
 .settings div{{display:flex;justify-content:space-between;gap:12px;border-bottom:1px solid var(--rule);padding:3px 0;
  break-inside:avoid}}
-.settings dt{{color:var(--quiet);flex:none}} .settings dd{{margin:0;text-align:right;min-width:0}}
+.settings dt{{color:var(--quiet);overflow-wrap:anywhere;min-width:6em}} .settings dd{{margin:0;text-align:right;min-width:0}}
 .settings .given dt,.settings .given dd{{color:var(--ink);font-weight:650}}
 footer{{margin-top:40px;color:var(--quiet);font-size:.84rem}}
 @media (max-width:520px){{h1{{font-size:1.35rem}} main{{padding:14px 14px 40px}} .tiles{{grid-template-columns:1fr 1fr}}
@@ -88,8 +88,9 @@ footer{{margin-top:40px;color:var(--quiet);font-size:.84rem}}
 @media print{{
  @page{{margin:14mm 12mm}}
  body{{font-size:10.5pt}} main{{max-width:none;padding:0}}
- .wide{{overflow:visible}} table{{font-size:8.5pt}} th,td{{padding-right:8px}}
- .charts{{grid-template-columns:1fr 1fr;gap:14px 18px}} .tiles{{grid-template-columns:repeat(4,1fr)}} .tile .value{{font-size:11pt}}
+ .wide{{overflow:visible}} table{{font-size:8pt}} th,td{{padding-right:7px;white-space:normal;overflow-wrap:anywhere}}
+ .charts{{grid-template-columns:1fr 1fr;gap:14px 18px}}
+ .tiles{{grid-template-columns:repeat(4,1fr)}} .tile .value{{font-size:11pt}}
  h2{{break-after:avoid;margin-top:22px}} tr,.tile{{break-inside:avoid}} thead{{display:table-header-group}}
  .bar,.pattern,.tile,.level *{{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
  .settings{{columns:2}}
