@@ -16,7 +16,7 @@ from typing import Any
 
 from fedtune.config import RunConfig
 from fedtune.errors import MissingPackageError
-from fedtune.progress import Event, RoundFinished, listening
+from fedtune.progress import Event, Note, RoundFinished, emit, listening
 from fedtune.report.table import measured
 
 PROJECT = "fedtune"
@@ -49,30 +49,47 @@ def tracking(tracker: Tracker, config: RunConfig) -> Iterator[None]:
     Raises:
         MissingPackageError: the tracker's package is not installed; raised at once, before anything runs.
     """
-    package = _imported(tracker)
-    total = [0.0]
-    log: list[Log] = []
-    close: list[Callable[[bool], None]] = []
-
-    def hear(event: Event) -> None:
-        if not isinstance(event, RoundFinished):
-            return
-        if not log:  # only now is the run folder there
-            begun, end = _BEGIN[tracker](package, config)
-            log.append(begun)
-            close.append(end)
-        values = numbers(event.metrics)
-        total[0] += values["bytes/up"] + values["bytes/down"]
-        log[0](event.round, {**values, "bytes/so_far": total[0]})
-
+    session = _Session(tracker, _imported(tracker), config)
     whole = False
     try:
-        with listening(hear):
+        with listening(session.hear):
             yield
         whole = True
     finally:
-        for end in close:
-            end(whole)
+        session.guarded(lambda: session.end(whole))
+
+
+class _Session:
+    """One tracked run: begun with its first round, when its folder is there, and left alone once the tracker fails."""
+
+    def __init__(self, tracker: Tracker, package: Any, config: RunConfig) -> None:
+        self.tracker, self.package, self.config = tracker, package, config
+        self.end: Callable[[bool], None] = lambda _: None
+        self._log: Log | None = None
+        self._failed = False
+        self._bytes = 0.0
+
+    def hear(self, event: Event) -> None:
+        if isinstance(event, RoundFinished):
+            self.guarded(lambda: self._tell(event))
+
+    def guarded(self, act: Callable[[], None]) -> None:
+        """A tracker that cannot write stops no run."""
+        if self._failed:
+            return
+        try:
+            act()
+        except Exception as error:
+            self._failed = True
+            why = f"{type(error).__name__}: {error}"
+            emit(Note(f"{self.tracker} is no longer told about this run ({why}); the run goes on.", warning=True))
+
+    def _tell(self, event: RoundFinished) -> None:
+        if self._log is None:
+            self._log, self.end = _BEGIN[self.tracker](self.package, self.config)
+        values = numbers(event.metrics)
+        self._bytes += values["bytes/up"] + values["bytes/down"]
+        self._log(event.round, {**values, "bytes/so_far": self._bytes})
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

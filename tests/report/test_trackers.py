@@ -13,7 +13,7 @@ from run_lines import line
 
 from fedtune.config import RunConfig
 from fedtune.errors import MissingPackageError
-from fedtune.progress import Note, RoundFinished, emit, heard
+from fedtune.progress import Event, Note, RoundFinished, emit, heard, listening
 from fedtune.report.trackers import Tracker, numbers, tracking
 
 
@@ -50,6 +50,11 @@ def play() -> None:
     emit(Note("nothing to log"))
     for number in range(3):
         emit(RoundFinished(number, line(number)))
+
+
+def fail() -> None:
+    play()
+    raise RuntimeError("boom")
 
 
 def test_what_is_logged_of_a_round() -> None:
@@ -98,11 +103,23 @@ def test_wandb_is_told(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> No
 def test_mlflow_is_told_also_of_a_run_that_fails(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = stand_in(monkeypatch, "mlflow")
     with pytest.raises(RuntimeError, match="boom"), tracking(Tracker.mlflow, config):
-        play()
-        raise RuntimeError("boom")
+        fail()
     assert [kwargs["step"] for _, kwargs in mlflow.named("log_metrics")] == [0, 1, 2]
     assert mlflow.named("end_run") == [((), {"status": "FAILED"})]
     assert not heard()
+
+
+def test_a_tracker_that_fails_is_left_and_the_run_goes_on(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError("no network")
+
+    stand_in(monkeypatch, "wandb")
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse, raising=False)
+    notes: list[Event] = []
+    with listening(notes.append), tracking(Tracker.wandb, config):
+        play()
+    texts = [event.text for event in notes if isinstance(event, Note) and event.warning]
+    assert texts == ["wandb is no longer told about this run (OSError: no network); the run goes on."]
 
 
 def test_nothing_is_begun_for_a_run_that_does_not_start(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
