@@ -13,6 +13,7 @@ from fedtune.report.run import Client, Run, phases
 from fedtune.report.table import measured
 
 MOST_CLIENTS, MOST_ROUNDS, MOST_ANSWERS, MOST_EVENTS, MOST_TEXT = 200, 400, 20, 100, 1500
+LONGEST_NUMBER = 10  # characters, with its unit
 BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison
 
 STATES = {
@@ -102,12 +103,16 @@ def fedavg_bytes(run: Run) -> float | None:
 def table(head: Sequence[tuple[str, bool]], rows: Sequence[Sequence[Content]], *, left_out: int = 0) -> Html:
     """A table that scrolls sideways inside itself where it is too wide. `head` has names, and whether numbers stand below."""
     titles = tag("tr", *(tag("th", name, scope="col", class_="right" if right else None) for name, right in head))
-    body = [
-        tag("tr", *(tag("td", cell, class_="right" if right else None) for cell, (_, right) in zip(row, head, strict=True)))
-        for row in rows
-    ]
+    body = [tag("tr", *(_cell(cell, right=right) for cell, (_, right) in zip(row, head, strict=True))) for row in rows]
     more = tag("p", f"... and {left_out} more.", class_="quiet") if left_out > 0 else None
     return join([tag("div", tag("table", tag("thead", titles), tag("tbody", *body)), class_="wide", tabindex=0), more])
+
+
+def _cell(content: Content, *, right: bool) -> Html:
+    """A cell; a short number stays with its unit on one line."""
+    if right and isinstance(content, str) and not isinstance(content, Html) and len(content) <= LONGEST_NUMBER:
+        content = content.replace(" ", "\u00a0")
+    return tag("td", content, class_="right" if right else None)
 
 
 def clients(run: Run) -> Html:

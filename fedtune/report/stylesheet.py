@@ -88,9 +88,11 @@ footer{{margin-top:40px;color:var(--quiet);font-size:.84rem}}
 @media print{{
  @page{{margin:14mm 12mm}}
  body{{font-size:10.5pt}} main{{max-width:none;padding:0}}
- .wide{{overflow:visible}} table{{font-size:8pt}} th,td{{padding-right:7px;white-space:normal;overflow-wrap:anywhere}}
+ .wide{{overflow:visible}} table{{font-size:8pt}} th,td,.right{{padding-right:7px;white-space:normal}} td{{max-width:16em}}
+ td .code{{overflow-wrap:anywhere}}
  .charts{{grid-template-columns:1fr 1fr;gap:14px 18px}}
  .tiles{{grid-template-columns:repeat(4,1fr)}} .tile .value{{font-size:11pt}}
+ .tile .name,.tile .more{{font-size:8pt}} .legend{{font-size:8.5pt}}
  h2{{break-after:avoid;margin-top:22px}} tr,.tile{{break-inside:avoid}} thead{{display:table-header-group}}
  .bar,.pattern,.tile,.level *{{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
  .settings{{columns:2}}

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from run_lines import line
 
+from fedtune.cli import main
 from fedtune.config import RunConfig
 from fedtune.errors import MissingPackageError
 from fedtune.progress import Event, Note, RoundFinished, emit, heard, listening
 from fedtune.report.trackers import Tracker, numbers, tracking
+from simulations.engines.flower_app import config_lines
 
 
 class Recorder:
@@ -143,3 +145,21 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     with warnings.catch_warnings(), pytest.raises(MissingPackageError, match=install), tracking(tracker, config):
         pytest.fail("nothing may start")
+
+
+def test_simulate_tracks_a_real_run(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = stand_in(monkeypatch, "wandb")
+    small = RunConfig.from_mapping({
+        "model": str(tiny_folder), "data": str(instructions), "clients": 4, "clients_per_round": 2, "rounds": 1, "K": 64,
+        "local_steps": 1, "max_length": 64, "template": "plain", "min_samples": 2, "threads": 1, "device": "cpu",
+        "holdout": 0.2, "eval_samples": 4,
+    })  # fmt: skip
+    preset = tmp_path / "small.toml"
+    preset.write_text("\n".join(config_lines(small)), encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        main(["simulate", str(preset), "--out", str(tmp_path / "run"), "--track", "wandb", "--quiet"])
+    assert stop.value.code == 0
+    assert [kwargs["step"] for _, kwargs in wandb.named("log")] == [0, 1]
+    assert wandb.named("log")[1][0][0]["bytes/up"] > 0
