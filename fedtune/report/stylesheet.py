@@ -95,6 +95,6 @@ footer{{margin-top:40px;color:var(--quiet);font-size:.84rem}}
  .tile .name,.tile .more{{font-size:8pt}} .legend{{font-size:8.5pt}}
  h2{{break-after:avoid;margin-top:22px}} tr,.tile{{break-inside:avoid}} thead{{display:table-header-group}}
  .bar,.pattern,.tile,.level *{{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
- .settings{{columns:2}}
+ .settings{{columns:2}} .pair{{grid-template-columns:repeat(3,1fr)}} .answer{{font-size:9pt}}
 }}
 """
