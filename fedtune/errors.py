@@ -22,6 +22,9 @@ FedtuneError                     anything below; the command line prints it as o
     WorkerAccessError            its folder, socket or token is not of this user alone
     WorkerVersionError           it runs other sources, or owns another device
   DeployError                    the files of a deployment cannot be written or used
+  ReportError                    a report, table or figure cannot be made of what is there
+    TableError                   a file that is not the table of an experiment, or a damaged one
+  MissingPackageError            an optional package is not installed; says what installs it
   RunError                       the run as a whole
     RunFolderError               the run folder exists, is missing or is not a run folder
       ControlError               a command to a run that does not exist, or that the run cannot follow
@@ -130,6 +133,28 @@ class WorkerVersionError(WorkerError):
 
 class DeployError(FedtuneError):
     """The files of a deployment cannot be written or used."""
+
+
+class ReportError(FedtuneError):
+    """A report, table or figure cannot be made of what is there."""
+
+
+class TableError(ReportError):
+    """A file that is not the table of an experiment, or a damaged one."""
+
+
+class MissingPackageError(FedtuneError):
+    """An optional package is not installed; says what installs it."""
+
+    @classmethod
+    def of(cls, package: str, purpose: str, extra: str = "") -> MissingPackageError:
+        """Of `package`, needed for `purpose` ("Parquet tables"), which comes with fedtune's optional `extra`, if with any."""
+        install = f"fedtune[{extra}]" if extra else package
+        return cls(
+            f"{purpose[0].upper()}{purpose[1:]} need the package '{package}', which is not installed: pip install '{install}'.",
+            package=package,
+            extra=extra,
+        )
 
 
 class RunError(FedtuneError):

@@ -138,7 +138,8 @@ class Generation:
     """The quality of greedy responses, means over `samples`: ROUGE-L F (0 to 1) twice and the share of exact matches.
 
     `rouge_l` is that of the package rouge-score; `rouge_l_papers` that of FedKSeed's and Ferret's codes
-    (see `fedtune.rouge`). `exact_match` compares stripped texts. `texts` are the responses in the order of the samples.
+    (see `fedtune.rouge`). `exact_match` compares stripped texts. `texts` are the responses in the order of the samples,
+    `prompts` what was asked (instruction, and input after an empty line) and `references` what was expected.
     """
 
     rouge_l: float
@@ -146,6 +147,8 @@ class Generation:
     exact_match: float
     samples: int
     texts: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
 
 def generate(lm: LanguageModel, heldout: Sequence[Encoded], samples: Sequence[Sample], config: RunConfig) -> Generation:
@@ -170,6 +173,8 @@ def generate(lm: LanguageModel, heldout: Sequence[Encoded], samples: Sequence[Sa
         exact_match=sum(text.strip() == reference.strip() for text, reference in pairs) / count,
         samples=count,
         texts=texts,
+        prompts=tuple("\n\n".join(filter(None, (sample.instruction, sample.input))) for sample in samples[:count]),
+        references=tuple(sample.output for sample in samples[:count]),
     )
 
 

@@ -96,18 +96,7 @@ class RunFolder:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write `data` as `name`, atomically: a reader sees the old file or the new one, also after a power cut."""
-        target = self._file(name)
-        temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
-        with _explained(target, "written"):
-            try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(target)
-                _sync_folder(self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        replace_file(self._file(name), data)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append `row` to metrics.jsonl, flushed to the disk; a number that is not finite is written as null."""
@@ -195,6 +184,25 @@ class RunFolder:
         if not name or Path(name).name != name:
             raise RunFolderError(f"'{name}' is not a plain file name: files of a run lie directly in its folder.", name=name)
         return self.path / name
+
+
+def replace_file(target: Path, data: bytes) -> None:
+    """Write `data` at `target`, atomically: a reader sees the old file or the new one, also after a power cut.
+
+    Raises:
+        RunFolderError: the disk refuses; says what to do.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with _explained(target, "written"):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            _sync_folder(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def dated(label: str) -> str:

@@ -112,7 +112,7 @@ def test_every_form_of_a_pool_survives(seed: int, bits: int) -> None:
 
 
 def test_golden_bytes_of_an_update_of_weights() -> None:
-    head = "46540204" + "04000000" + DIGEST.hex()
+    head = "46540304" + "04000000" + DIGEST.hex()
     tail = "03000000" + "78000000" + "00002040"
     assert wire.encode_update(weights(), 32).hex() == head + "00" + tail + "0000803f" + "000020c0" + "00000000"
     assert wire.encode_update(weights(), 16).hex() == head + "00" + tail + "803f" + "20c0" + "0000"

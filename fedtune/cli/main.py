@@ -28,6 +28,7 @@ from fedtune.cli.export import export
 from fedtune.cli.ledger import ledger_app
 from fedtune.cli.operate import drop, evaluate, pause, status, stop, unpause
 from fedtune.cli.presets import presets
+from fedtune.cli.report import report
 from fedtune.cli.settings import settings
 from fedtune.cli.simulate import simulate
 from fedtune.cli.worker import worker
@@ -70,6 +71,7 @@ app.command("export")(export)
 app.command("apply")(apply)
 app.add_typer(delta_app, name="delta")
 app.add_typer(ledger_app, name="ledger")
+app.command("report")(report)
 for operation in (status, pause, unpause, stop, drop, evaluate):
     app.command(operation.__name__)(operation)
 app.command("settings")(settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from enum import StrEnum
 from typing import Annotated, cast
 
@@ -18,6 +19,7 @@ from fedtune.cli.tables import Summary, result_table
 from fedtune.cli.watch import watching
 from fedtune.config import RunConfig
 from fedtune.errors import Interrupted
+from fedtune.report.trackers import Tracker, tracking
 from fedtune.resume import held_against, stored_settings
 from fedtune.run_folder import RunFolder, check_new, dated
 
@@ -65,6 +67,12 @@ OptionalPreset = Annotated[
         callback=_preset_or_resume,
     ),
 ]
+TrackOption = Annotated[
+    Tracker | None,
+    typer.Option(
+        "--track", help="Log every round there too, if its package is installed (docs/report.md).", show_default=False
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 
 
@@ -79,6 +87,7 @@ def simulate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     resume: ResumeOption = "",
+    track: TrackOption = None,
 ) -> None:
     """Run a federation on this machine: server and clients, one preset.
 
@@ -90,10 +99,13 @@ def simulate(
 
     [bold]fedtune simulate --resume runs/try --set rounds=20[/bold]
 
+    [bold]fedtune simulate demo_ferret --track tensorboard --out runs/seen[/bold]   then tensorboard --logdir runs/seen
+
     Ctrl-C stops after the step in hand; what is finished stays in the run folder, and --resume carries the run on.
     """
     config = _carried_on(resume, settings, out, quiet) if resume else _new(preset, settings, out)
-    summary = run_watched(config, runner(engine, workers), quiet=quiet, to_stderr=as_json)
+    with tracking(track, config) if track else nullcontext():
+        summary = run_watched(config, runner(engine, workers), quiet=quiet, to_stderr=as_json)
     if not (as_json and quiet):
         Console(stderr=as_json, highlight=False).print(result_table(summary))
     if as_json:
