@@ -14,6 +14,7 @@ from fedtune import wire
 from fedtune.config import RunConfig
 from fedtune.resident import resident
 from fedtune.seeds import Stream
+from fedtune.selftest import encode, self_test
 from fedtune.wire import Status, Update
 
 _ROUND, _DIGEST = slice(4, 8), slice(40, 56)  # in an instruction (docs/wire.md)
@@ -25,7 +26,8 @@ class PretendClient:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         replica = resident(config).replica
-        self._base = {"fingerprint": replica.fingerprint, "layout": replica.layout.digest}
+        test = self_test(resident(config).algorithm.pool(config, replica.layout, 0))
+        self._base = {"fingerprint": replica.fingerprint, "layout": replica.layout.digest, "selftest": encode(test)}
         self.cpu_seconds = 0.0
 
     def __call__(self, message: Message, context: Context) -> Message:
