@@ -209,6 +209,9 @@ class RunConfig(BaseModel):
         3600.0, gt=0, description="seconds a client has for one round; it stops a little before and returns the steps done"
     )
     wait_timeout: float = Field(600.0, gt=0, description="seconds to wait for enough clients to connect")
+    min_clients: int = Field(
+        0, ge=0, description="clients that must be connected before the first round, the others may come later; 0: all"
+    )
 
     # ------------------------------------------------------------------ construction
 
@@ -261,6 +264,12 @@ class RunConfig(BaseModel):
                 "lower min_replies, or raise clients_per_round or over_selection.",
                 min_replies=self.min_replies,
                 invited=self.invited_per_round,
+            )
+        if self.min_clients > self.clients:
+            raise ContradictionError(
+                f"min_clients = {self.min_clients} but there are only {self.clients} clients: lower it.",
+                min_clients=self.min_clients,
+                clients=self.clients,
             )
         if self.holdout_category and self.holdout_file:
             raise ContradictionError("holdout_category and holdout_file exclude each other: keep one of them.")
