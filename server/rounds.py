@@ -48,6 +48,7 @@ class Run:
         self.record = Record(opened)
         self.strategy = CoefficientStrategy(opened.rules, opened.state, self.record.dropped())
         self.operator = Operator(self.record, self.strategy)
+        self._newcomers: Newcomers | None = None
         self._phases: dict[str, float] = {}
 
     def execute(self) -> dict[str, object]:
@@ -66,7 +67,7 @@ class Run:
         short = 0
         while (number := self.record.last + 1) <= self.config.rounds:
             self._between_rounds()
-            self.newcomers.greet()
+            self._greet()
             short = 0 if self._round(number) else short + 1
             if short == SHORT_ROUNDS:
                 raise self._too_short()
@@ -76,10 +77,15 @@ class Run:
         emit(RunFinished(summary))
         return summary
 
+    def _greet(self) -> None:
+        """Ask clients that came since who they are."""
+        if self._newcomers is not None:
+            self._newcomers.greet()
+
     def _between_rounds(self) -> None:
         """Follow what the run was told to do. A run with all its rounds done still drops, evaluates and stops."""
         check_stop()
-        self.operator.heed()
+        self.operator.heed(self._greet)
         last = self.record.last
         if self.operator.evaluate_now and not self.record.has_evaluation(last):
             self._evaluate(last)
@@ -135,7 +141,7 @@ class Run:
         answers = self._exchange(questions, self.config.wait_timeout)
         node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in questions}
         self.strategy.check_enough(len(nodes), self.strategy.accept_introductions(node_of, answers, nodes))
-        self.newcomers = Newcomers(self.grid, self.strategy, nodes)
+        self._newcomers = Newcomers(self.grid, self.strategy, nodes)
 
     # ------------------------------------------------------------------ a round
 
