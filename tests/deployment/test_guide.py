@@ -73,7 +73,8 @@ def test_the_guide_typed_as_it_stands_leads_to_a_tuned_model(machines: Machines,
     copies, node, remove = blocks("4. Both machines: the nodes")
     (run,) = blocks("5. Machine A: a run")
     (stop_and_start,) = blocks("To stop and to start")
-    renew, *_ = blocks("Change it")
+    (died,) = blocks("When the server died")
+    (renew,) = blocks("Change it")
     a, b = machines.a, machines.b
 
     for machine in (a, b):
@@ -91,6 +92,8 @@ def test_the_guide_typed_as_it_stands_leads_to_a_tuned_model(machines: Machines,
     assert summary["updates_refused"] == 0
     assert [row["clients"] for row in rows[1:]] == [["site-a", "site-b"]] * 3
     assert (a.home / "tuned/model.safetensors").exists()
+    a.type(died)
+    assert a.said().count("finished:completed") == 2
     a.type(renew)
     b.type(stop_and_start)
     for folder in (a.home / "fedtune-server", a.home / "fedtune-node"):
