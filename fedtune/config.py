@@ -198,9 +198,7 @@ class RunConfig(BaseModel):
     over_selection: float = Field(
         0.0, ge=0, le=100, description="share of further clients asked each round, against failures; all that answer are used"
     )
-    min_replies: int = Field(
-        0, ge=0, description="fewest usable updates of a round; with fewer it changes nothing (see short_round); 0: one"
-    )
+    min_replies: int = Field(0, ge=0, description="usable updates without which a round changes nothing (short_round); 0: one")
     short_round: Literal["skip", "repeat"] = Field(
         "skip",
         description="a round with fewer than min_replies usable updates: go on to the next one, or ask again, other clients",
@@ -209,9 +207,7 @@ class RunConfig(BaseModel):
         3600.0, gt=0, description="seconds a client has for one round; it stops a little before and returns the steps done"
     )
     wait_timeout: float = Field(600.0, gt=0, description="seconds to wait for enough clients to connect")
-    min_clients: int = Field(
-        0, ge=0, description="clients that must be connected before the first round, the others may come later; 0: all"
-    )
+    min_clients: int = Field(0, ge=0, description="clients without whom the first round does not begin; 0: all of them")
 
     # ------------------------------------------------------------------ construction
 
@@ -266,11 +262,7 @@ class RunConfig(BaseModel):
                 invited=self.invited_per_round,
             )
         if self.min_clients > self.clients:
-            raise ContradictionError(
-                f"min_clients = {self.min_clients} but there are only {self.clients} clients: lower it.",
-                min_clients=self.min_clients,
-                clients=self.clients,
-            )
+            raise ContradictionError(f"min_clients = {self.min_clients} but there are only {self.clients} clients: lower it.")
         if self.holdout_category and self.holdout_file:
             raise ContradictionError("holdout_category and holdout_file exclude each other: keep one of them.")
         if self.optimizer != "sgd" and self.algorithm != "ferret":
