@@ -66,14 +66,8 @@ class Forwarder:
     # ------------------------------------------------------------------ the calls
 
     def _introduce(self, worker: Connection, who: Identity) -> Introduction:
-        request = pb.IntroduceRequest(
-            request=secrets.token_hex(8),
-            version=code_version(),
-            run=self.run,
-            settings=settings_of(self.config),
-            settings_digest=settings_digest(self.config),
-            client=_client(who),
-        )
+        request = pb.IntroduceRequest()
+        self._address_to(request, who)
         said = worker.calls.Introduce(request, timeout=self.deadline.left(), metadata=worker.metadata)
         if said.WhichOneof("outcome") != "introduction":
             raise error_of(said.problem)
@@ -83,17 +77,8 @@ class Forwarder:
     def _train(
         self, worker: Connection, who: Identity, message: bytes, held: Sequence[bytes], end: float
     ) -> tuple[bytes, list[bytes]]:
-        request = pb.TrainRequest(
-            request=secrets.token_hex(8),
-            version=code_version(),
-            run=self.run,
-            settings=settings_of(self.config),
-            settings_digest=settings_digest(self.config),
-            client=_client(who),
-            instruction=message,
-            held=held,
-            seconds=end - time.monotonic(),
-        )
+        request = pb.TrainRequest(instruction=message, held=held, seconds=end - time.monotonic())
+        self._address_to(request, who)
         call = worker.calls.Train(request, timeout=self.deadline.left(), metadata=worker.metadata)
         try:
             for event in call:
@@ -105,6 +90,13 @@ class Forwarder:
         finally:
             call.cancel()
         raise WorkerError("The worker ended its answer without an update: look into its log.")
+
+    def _address_to(self, request: pb.IntroduceRequest | pb.TrainRequest, who: Identity) -> None:
+        """Fill in what every request says: its name, whose it is, and with which settings and sources."""
+        request.request, request.version, request.run = secrets.token_hex(8), code_version(), self.run
+        request.settings.extend(settings_of(self.config))
+        request.settings_digest = settings_digest(self.config)
+        request.client.CopyFrom(pb.Client(id=who.client, partition=who.partition, data=who.data))
 
     def _take(self, event: pb.TrainEvent, client: str) -> pb.Update | None:
         """Pass on what the worker says; the update, once it is there."""
@@ -157,7 +149,3 @@ def _deadline_error(deadline: Deadline) -> FedtuneError:
     except DeadlineError as error:
         return error
     return WorkerError("The worker gave up before the deadline had passed.")
-
-
-def _client(who: Identity) -> pb.Client:
-    return pb.Client(id=who.client, partition=who.partition, data=who.data)

@@ -13,6 +13,7 @@ from fedtune.errors import DeltaMismatchError
 from fedtune.export import Exported, write_folder
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, load_model
+from fedtune.progress import Note, emit
 from fedtune.replica import Replica
 from fedtune.run_folder import check_new
 
@@ -34,6 +35,7 @@ def apply_delta(base: str, path: Path, out: Path, revision: str = "", trust_remo
     """
     check_new(out)
     delta = read(path)
+    emit(Note("rebuilding the model from base and coefficients"))
     settings = {"model": base, "revision": revision, "trust_remote_code": trust_remote_code, "dtype": delta.dtype}
     lm = load_model(RunConfig.from_mapping({**settings, "device": "cpu", "max_length": 8}))
     layout = Layout.of(lm.model, delta.block_rule)

@@ -14,6 +14,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from fedtune.directions.base import F32, F64, Pool
 from fedtune.errors import NonFiniteError
 
 I32 = npt.NDArray[np.int32]
+Whole = npt.NDArray[np.signedinteger[Any]]
 EXACT_SUM = 2**24  # the largest whole number up to which float32 counts exactly
 MIN_EXPONENT, MAX_EXPONENT = -120, 100  # sums of coefficients stay normal float32 numbers
 WIDE_BITS = 8  # bits that a coefficient without sums may have above 24
@@ -33,17 +35,18 @@ class PoolCoefficients:
 
     Attributes:
         pool: whose directions they multiply.
-        q: int32 [L, K].
+        q: whole numbers [L, K]: int8, int16 or int32. The server keeps those of every finished pool, so `quantise` gives the
+            narrowest type that its bits allow.
         exponents: int32 [L], each in MIN_EXPONENT .. MAX_EXPONENT, zero for a block without coefficients.
     """
 
     pool: Pool
-    q: I32
+    q: Whole
     exponents: I32
 
-    @cached_property
+    @property
     def values(self) -> F32:
-        """float32 [L, K]: exact up to 24 bits, else rounded once."""
+        """float32 [L, K]: exact up to 24 bits, else rounded once; computed anew each time, so nothing of it is kept."""
         return np.ldexp(self.q.astype(np.float32), self.exponents[:, None]).astype(np.float32)
 
     @property
@@ -114,4 +117,9 @@ def quantise(pool: Pool, values: F64, bits: int) -> PoolCoefficients:
             exponent += 1
         q[block] = rounded.astype(np.int32)
         exponents[block] = exponent if rounded.any() else 0
-    return PoolCoefficients(pool, q, exponents)
+    return PoolCoefficients(pool, q.astype(_narrowest(bits)), exponents)
+
+
+def _narrowest(bits: int) -> type[np.signedinteger[Any]]:
+    """The type for whole numbers of so many bits."""
+    return np.int8 if bits <= 8 else np.int16 if bits <= 16 else np.int32

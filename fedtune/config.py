@@ -217,9 +217,7 @@ class RunConfig(BaseModel):
     over_selection: float = Field(
         0.0, ge=0, le=100, description="share of further clients asked each round, against failures; all that answer are used"
     )
-    min_replies: int = Field(
-        0, ge=0, description="fewest usable updates of a round; with fewer it changes nothing (see short_round); 0: one"
-    )
+    min_replies: int = Field(0, ge=0, description="usable updates without which a round changes nothing (short_round); 0: one")
     short_round: Literal["skip", "repeat"] = Field(
         "skip",
         description="a round with fewer than min_replies usable updates: go on to the next one, or ask again, other clients",
@@ -228,6 +226,7 @@ class RunConfig(BaseModel):
         3600.0, gt=0, description="seconds a client has for one round; it stops a little before and returns the steps done"
     )
     wait_timeout: float = Field(600.0, gt=0, description="seconds to wait for enough clients to connect")
+    min_clients: int = Field(0, ge=0, description="clients without whom the first round does not begin; 0: all of them")
 
     # ------------------------------------------------------------------ construction
 

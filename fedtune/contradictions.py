@@ -27,6 +27,8 @@ def refuse_contradictions(config: RunConfig) -> None:
             min_replies=config.min_replies,
             invited=config.invited_per_round,
         )
+    if config.min_clients > config.clients:
+        raise ContradictionError(f"min_clients = {config.min_clients} but there are only {config.clients} clients: lower it.")
     if config.holdout_category and config.holdout_file:
         raise ContradictionError("holdout_category and holdout_file exclude each other: keep one of them.")
     if config.optimizer != "sgd" and not config.first_order:

@@ -46,7 +46,7 @@ def encode_pool(coefficients: PoolCoefficients, bits: int, known: PoolCoefficien
     head = coefficients.pool.identity
     if coefficients.is_zero:
         return head + bytes([Form.ZERO])
-    flat = coefficients.q.reshape(-1)
+    flat = coefficients.q.reshape(-1).astype(np.int32)
     exponents = coefficients.exponents.astype("<i1").tobytes()
     forms = [
         lambda: bytes([Form.DENSE]) + exponents + pack_integers(flat, bits),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fedtune.control import MOST_BYTES, Command, Doing, Order, say, waiting
@@ -11,7 +12,7 @@ from fedtune.progress import Note, check_stop, emit
 from server.record import Record
 from server.strategy import CoefficientStrategy
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.5
 
 
 class Operator:
@@ -22,8 +23,8 @@ class Operator:
         self.evaluate_now = False
         self._paused = False
 
-    def heed(self) -> None:
-        """Follow every command that waits, and wait while the run is paused.
+    def heed(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Follow every command that waits, and wait while the run is paused; do `meanwhile` again and again then.
 
         Raises:
             Interrupted: the run was told to stop; everything is committed, and a resume goes on from here.
@@ -33,6 +34,7 @@ class Operator:
             self.say(Doing.PAUSED)
         while self._paused:
             check_stop()
+            meanwhile()
             time.sleep(POLL_SECONDS)
             self._follow_all()
         self.say(Doing.RUNNING)

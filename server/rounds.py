@@ -19,6 +19,7 @@ from fedtune.evaluation import evaluate, generate
 from fedtune.layout import base_size
 from fedtune.progress import Note, RoundFinished, RunFinished, RunStarted, check_stop, emit
 from fedtune.resident import Resident, resident
+from server.newcomers import Newcomers
 from server.opening import Opened
 from server.operate import Operator
 from server.phases import Phases
@@ -48,6 +49,7 @@ class Run:
         self.record = Record(opened)
         self.strategy = CoefficientStrategy(opened.rules, opened.state, self.record.dropped())
         self.operator = Operator(self.record, self.strategy)
+        self._newcomers: Newcomers | None = None
         self._phases = Phases()
 
     def execute(self) -> dict[str, object]:
@@ -66,6 +68,7 @@ class Run:
         short = 0
         while (number := self.record.last + 1) <= self.config.rounds:
             self._between_rounds()
+            self._greet()
             short = 0 if self._round(number) else short + 1
             if short == SHORT_ROUNDS:
                 raise self._too_short()
@@ -75,10 +78,15 @@ class Run:
         emit(RunFinished(summary))
         return summary
 
+    def _greet(self) -> None:
+        """Ask clients that came since who they are."""
+        if self._newcomers is not None:
+            self._newcomers.greet()
+
     def _between_rounds(self) -> None:
         """Follow what the run was told to do. A run with all its rounds done still drops, evaluates and stops."""
         check_stop()
-        self.operator.heed()
+        self.operator.heed(self._greet)
         last = self.record.last
         if self.operator.evaluate_now and not self.record.has_evaluation(last):
             self._evaluate(last)
@@ -119,19 +127,22 @@ class Run:
         return pending
 
     def _wait_for_clients(self) -> None:
-        """Wait until `clients` nodes are connected, less those that were dropped, then learn who they are."""
-        deadline, wanted = time.monotonic() + self.config.wait_timeout, self.config.clients - len(self.strategy.dropped)
+        """Wait until enough nodes are connected, then learn who they are."""
+        deadline, wanted = time.monotonic() + self.config.wait_timeout, self.strategy.wanted
         while (connected := len(list(self.grid.get_node_ids()))) < wanted:
             check_stop()
             if time.monotonic() > deadline:
                 raise RunError(
                     f"{connected} of {wanted} nodes connected within {self.config.wait_timeout:g} s: "
-                    "start more SuperNodes, or lower clients."
+                    "start more SuperNodes, or lower clients or min_clients."
                 )
             time.sleep(POLL_SECONDS)
-        questions = self.strategy.configure_introduction(self.grid)
+        nodes = list(self.grid.get_node_ids())
+        questions = self.strategy.configure_introduction(nodes)
         answers = self._exchange(questions, self.config.wait_timeout)
-        self.strategy.accept_introductions(questions, answers)
+        node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in questions}
+        self.strategy.check_enough(len(nodes), self.strategy.accept_introductions(node_of, answers, nodes))
+        self._newcomers = Newcomers(self.grid, self.strategy, nodes)
 
     # ------------------------------------------------------------------ a round
 

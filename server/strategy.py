@@ -7,7 +7,7 @@ counted), and measures payload bytes where messages are made.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -108,43 +108,54 @@ class CoefficientStrategy(Strategy):
 
     # ------------------------------------------------------------------ who takes part
 
-    def configure_introduction(self, grid: Grid) -> list[Message]:
-        """One question to every connected node."""
+    def configure_introduction(self, nodes: Iterable[int]) -> list[Message]:
+        """One question to every node."""
         empty = RecordDict({RECORD: ConfigRecord({"round": 0})})
-        nodes = sorted(grid.get_node_ids())
         return [
-            Message(empty, dst_node_id=node, message_type=MessageType.QUERY, ttl=self.config.wait_timeout) for node in nodes
+            Message(empty, dst_node_id=node, message_type=MessageType.QUERY, ttl=self.config.wait_timeout)
+            for node in sorted(nodes)
         ]
 
-    def accept_introductions(self, sent: Iterable[Message], replies: Iterable[Message]) -> None:
-        """Keep the clients that train the same base model; report the others with the reason.
+    def accept_introductions(
+        self, node_of: Mapping[str, int], replies: Iterable[Message], connected: Collection[int]
+    ) -> list[FedtuneError]:
+        """Keep the clients that train the same base model; report the others, and return their problems.
 
-        Raises:
-            FedtuneError: the first client's problem, if fewer clients remain than a round needs.
+        Args:
+            node_of: node of every question, by message id.
+            replies: to them.
+            connected: nodes that are connected now. A client whose node is not among them may come back as another node.
         """
-        node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
         problems: list[FedtuneError] = []
         for reply in sorted(replies, key=lambda message: node_of.get(_answers(message), 0)):
             node = node_of.get(_answers(reply))
             try:
                 if node is not None:
-                    self._accept(node, _content(reply))
+                    self._accept(node, _content(reply), connected)
             except FedtuneError as problem:
                 problems.append(problem)
                 emit(Note(f"A client was refused: {problem}", warning=True))
-        asked = 1 if self.config.alone else self.config.asked_per_round
-        needed = min(asked, self.config.clients - len(self.dropped))
+        return problems
+
+    def check_enough(self, asked: int, problems: Sequence[FedtuneError]) -> None:
+        """Raise the first client's problem if fewer clients remain, of the `asked` nodes, than the first round needs."""
+        needed = min(1 if self.config.alone else self.config.asked_per_round, self.wanted)
         if len(self.clients) < needed:
             raise (
                 problems[0]
                 if problems
                 else errors.RunError(
-                    f"Only {len(self.clients)} of {len(node_of)} nodes introduced themselves; a round asks "
+                    f"Only {len(self.clients)} of {asked} nodes introduced themselves; a round asks "
                     f"{needed}. Start more nodes, or lower clients_per_round."
                 )
             )
 
-    def _accept(self, node: int, record: ConfigRecord) -> None:
+    @property
+    def wanted(self) -> int:
+        """Nodes without which the run does not start."""
+        return (self.config.min_clients or self.config.clients) - len(self.dropped)
+
+    def _accept(self, node: int, record: ConfigRecord, connected: Collection[int]) -> None:
         client, examples = record.get("client"), record.get("examples")
         if not isinstance(client, str) or not isinstance(examples, int) or examples < 1:
             raise WireError("A node introduced itself without a client id or without samples.")
@@ -152,7 +163,8 @@ class CoefficientStrategy(Strategy):
         if client in self.dropped:
             emit(Note(f"Client {client} was dropped from the run and takes no part."))
             return
-        if client in self.clients and self.clients[client].node != node:
+        before = self.clients[client].node if client in self.clients else node
+        if before != node and before in connected:
             raise WireError(f"Two nodes call themselves client {client}: give each its own client-id or partition-id.")
         self.clients[client] = Client(node, examples)
 

@@ -31,10 +31,15 @@ class Overhead:
     introduction_cpu_ms: float
 
 
+def write_rows(path: Path, count: int) -> None:
+    """So many short instructions."""
+    rows = "".join(json.dumps({"instruction": f"say {row}", "output": f"{row}"}) + "\n" for row in range(count))
+    path.write_text(rows, encoding="utf-8")
+
+
 def measure(clients: int, rounds: int, asked: int, folder: Path) -> Overhead:
     """Run it in `folder`."""
-    rows = "".join(json.dumps({"instruction": f"say {row}", "output": f"{row}"}) + "\n" for row in range(2 * clients))
-    (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+    write_rows(folder / "rows.jsonl", 2 * clients)
     config = RunConfig(
         data=str(folder / "rows.jsonl"), category_column="", clients=clients, clients_per_round=asked, rounds=rounds,
         local_steps=50, min_samples=1, eval_every=0, eval_samples=1, device="cpu", threads=1, out=str(folder / "run"),

@@ -178,3 +178,13 @@ def test_every_test_named_in_the_guide_to_deployments_exists() -> None:
     named = named_tests((ROOT / "docs" / "deployment.md").read_text(encoding="utf-8"))
     assert len(named) > 5
     assert [name for name in named if name[1] not in functions_of(ROOT / name[0])] == []
+
+
+def test_every_row_of_a_table_of_faults_names_its_test() -> None:
+    """fault, what happens, test: no row without one."""
+    for name in ("ledger.md", "worker.md"):
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        table = text.partition("## Faults")[2].partition("\n## ")[0]
+        rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+        assert len(rows) > 10
+        assert [row for row in rows if not named_tests(row)] == []

@@ -17,7 +17,7 @@ OTHER: dict[str, object] = {
     "reconstruction": "shrunken", "family": "gaussian", "sampling": "examples", "weighting": "equal", "scalar_bits": 32,
     "dtype": "bfloat16", "template": "plain", "partition": "quantity", "short_round": "repeat", "client_fraction": 0.25,
     "holdout": 0.2, "clients_per_round": 3, "clients": 9, "trust_remote_code": True, "holdout_category": "x",
-    "min_replies": 2, "device": "cpu", "device_map": "auto", "update_rounding": "master",
+    "min_replies": 2, "min_clients": 2, "device": "cpu", "device_map": "auto", "update_rounding": "master",
     "dirichlet_alpha": 0.1, "coefficient_bits": 9,
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fedtune.cli.numbers import in_bytes
+from fedtune.progress import Event, Note, listening
 from fedtune.run_folder import check_new
 
 
@@ -30,10 +31,14 @@ def apply(
     """
     check_new(out)
     console = Console(highlight=False)
-    console.print("rebuilding the model from base and coefficients", style="dim")
     from fedtune.apply import apply_delta
 
-    done = apply_delta(base, Path(file), Path(out), revision, trust_remote_code)
+    def say(event: Event) -> None:
+        if isinstance(event, Note):
+            console.print(event.text, style="dim", markup=False)
+
+    with listening(say):
+        done = apply_delta(base, Path(file), Path(out), revision, trust_remote_code)
     for line in (
         f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest} (verified)",
         f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',

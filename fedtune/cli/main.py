@@ -26,6 +26,7 @@ from fedtune.cli.deploy import deploy_app
 from fedtune.cli.estimate import estimate
 from fedtune.cli.export import export
 from fedtune.cli.ledger import ledger_app
+from fedtune.cli.loss import loss
 from fedtune.cli.operate import drop, evaluate, pause, status, stop, unpause
 from fedtune.cli.presets import presets
 from fedtune.cli.report import report
@@ -67,6 +68,7 @@ app.command("demo")(demo)
 app.command("presets")(presets)
 app.add_typer(data_app, name="data")
 app.command("estimate")(estimate)
+app.command("loss")(loss)
 app.command("export")(export)
 app.command("apply")(apply)
 app.add_typer(delta_app, name="delta")

@@ -63,6 +63,12 @@ exec flwr "$@"
 _REGISTER = script(
     "Register every key in nodes/ that is not registered yet; the SuperLink's id of each node is kept beside its key.",
     """\
+tries=60  # a SuperLink that was started just now needs a few seconds
+until "$here/flwr.sh" supernode list deployment --format json >/dev/null 2>&1; do
+    tries=$((tries - 1))
+    [ "$tries" -gt 0 ] || break
+    sleep 1
+done
 for key in "$here"/nodes/*.pub; do
     name=$(basename "$key" .pub)
     [ -e "$here/nodes/$name.id" ] && continue

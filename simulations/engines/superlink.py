@@ -67,6 +67,7 @@ class SuperLink:
         self.home = Path(tempfile.mkdtemp(prefix="fedtune-", dir=_short_temporary()))
         self.relay = self.home / "relay.jsonl"
         self._process: subprocess.Popen[bytes] | None = None
+        self._janitor = _janitor(self.home)
         try:
             self._start(environment or {})
         except BaseException:
@@ -183,6 +184,19 @@ class SuperLink:
         with undisturbed():
             end_all(self.home, self._process)
             shutil.rmtree(self.home, ignore_errors=True)
+            self._janitor.communicate()
+
+
+def _janitor(home: Path) -> subprocess.Popen[bytes]:
+    """A process that does what `close` does, should this process be killed before."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "simulations.engines.janitor", str(home)],
+        env=_environment(home) | {"FLWR_HOME": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 class LogStream:

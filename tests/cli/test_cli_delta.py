@@ -24,6 +24,7 @@ from fedtune.layout import fingerprint
 from fedtune.models import load_model
 from fedtune.resident import release
 from fedtune.run_folder import RunFolder
+from simulations.engines.flower_app import config_lines
 from simulations.engines.in_process import run_in_process
 
 RUNS: dict[str, dict[str, object]] = {
@@ -209,6 +210,28 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(RunFolderError, match="No space left on device"):
         apply_delta(str(tiny_folder), path, tmp_path / "x")
     assert [entry.name for entry in tmp_path.iterdir()] == ["f.safetensors"]
+
+
+def test_the_loss_of_an_applied_delta_is_the_runs_to_the_last_digit(
+    fedtune: Callable[..., Outcome], runs: Callable[..., RunFolder], tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = runs("fedkseed")
+    (tmp_path / "p.toml").write_text("\n".join(config_lines(run.config().replace(out="", resume=""))))
+    assert fedtune("export", str(run.path), "--format", "delta", "--out", "f.safetensors").code == 0
+    assert fedtune("apply", str(tiny_folder), "f.safetensors", "--out", "tuned").code == 0
+    before, after = (last_json(fedtune("loss", "p.toml", "--json", *more).out) for more in ((), ("--model", "tuned")))
+    assert before["loss"] == run.summary()["initial_loss"]
+    assert after["loss"] == run.summary()["final_loss"] != before["loss"]
+    assert repr(after["loss"]) in fedtune("loss", "p.toml", "--model", "tuned").out
+
+
+def test_a_file_that_is_no_delta_is_refused_before_anything_is_announced(
+    fedtune: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "f.safetensors").write_bytes(b"nothing")
+    done = fedtune("apply", str(tiny_folder), "f.safetensors", "--out", "tuned")
+    assert done.code == 1
+    assert "rebuilding" not in done.out
 
 
 # ---------------------------------------------------------------------------------------------------- show and diff

@@ -25,9 +25,9 @@ def written(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """One deployment for a module's tests: server, proxy, two nodes with files of their own, TLS and authentication."""
+    """One deployment for all tests: server, proxy, two nodes with files of their own, TLS and authentication."""
     if shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None:
         pytest.skip("no nginx: apt install nginx-light")
     folder = tmp_path_factory.mktemp("deployed")

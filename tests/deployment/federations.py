@@ -14,6 +14,7 @@ from fedtune.data.files import read_rows
 from fedtune.deploy.check.network import Place, certificate_at, fleet
 from fedtune.embedded import embedded_path
 from simulations.engines.flower_app import config_lines
+from simulations.engines.processes import living
 
 NODES = ("0", "1")  # the ids of a simulation's clients, so that both draw the same batches
 TINY = {
@@ -57,5 +58,13 @@ def give_files(loopback: Loopback, folder: Path) -> None:
 
 
 def answers(place: Place) -> bool:
+    """Whether a proxy with the right certificate and a SuperLink behind it are there."""
     shown = list(certificate_at(place))
     return all(finding.state == "ok" for finding in shown) and fleet(place).state == "ok"
+
+
+def process_of(folder: Path, program: bytes) -> int:
+    """The id of the one process that `folder` started with `program` in its command line."""
+    found = [number for number in living(folder) if program in Path(f"/proc/{number}/cmdline").read_bytes()]
+    assert len(found) == 1, found
+    return found[0]

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 180.0  # until a process answers on a busy machine; 5 to 10 on an idle one
 RUN_SECONDS = 1800.0
 STOP_SECONDS = 90.0
+RESTART_SECONDS = "3"  # a deployment has 15: what is tested is that programs are started again, not how long that takes
 
 
 class Loopback:
@@ -35,9 +36,15 @@ class Loopback:
             "deploy", "init", str(folder), "--server", "127.0.0.1", "--server", "fl.example.org", "--nodes", ",".join(nodes),
             "--port", str(public), "--superlink-port", str(superlink), "--model", "embedded",
         )  # fmt: skip
-        change(self.server / "server.env", BIN=programs())
+        change(self.server / "server.env", BIN=programs(), RESTART_SECONDS=RESTART_SECONDS)
         for name, port in zip(nodes, runtime, strict=True):
-            change(self.node(name) / "node.env", BIN=programs(), RUNTIME_PORT=str(port), DEVICE="cpu")
+            change(
+                self.node(name) / "node.env",
+                BIN=programs(),
+                RUNTIME_PORT=str(port),
+                DEVICE="cpu",
+                RESTART_SECONDS=RESTART_SECONDS,
+            )
 
     def node(self, name: str) -> Path:
         return self.folder / "nodes" / name
@@ -82,6 +89,14 @@ class Loopback:
         """What the machine's start.sh printed so far."""
         path = machine / "output.log"
         return path.read_text(errors="replace") if path.exists() else ""
+
+    def stop(self, machine: Path) -> None:
+        """Stop one machine as an operator would; one that was not started is none to stop."""
+        if machine in self._running:
+            process, log = self._running.pop(machine)
+            process.terminate()
+            assert wait_until(lambda: process.poll() is not None and not living(machine), STOP_SECONDS)
+            log.close()
 
     def close(self) -> None:
         """Stop everything as an operator would, and make sure that it worked."""

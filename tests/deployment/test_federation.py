@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from federations import NODES, Federation
+from federations import NODES, Federation, process_of
 from loopback import RUN_SECONDS, Loopback, alone, change, fedtune, free_ports, programs, wait_until
 
 from fedtune.deploy.check.network import server_from_here
-from simulations.engines.processes import living
 
 pytestmark = pytest.mark.deployment
 
@@ -97,13 +96,6 @@ def test_a_run_ends_like_its_simulation(federation: Federation, tmp_path: Path) 
     assert summary["digest"] == federation.simulated["digest"]
 
 
-def process_of(folder: Path, program: bytes) -> int:
-    """The id of the one process that `folder` started with `program` in its command line."""
-    found = [number for number in living(folder) if program in Path(f"/proc/{number}/cmdline").read_bytes()]
-    assert len(found) == 1, found
-    return found[0]
-
-
 @pytest.mark.faults
 def test_a_killed_proxy_comes_back(federation: Federation) -> None:
     """While it is away, SuperNodes try again; none of them ends."""
@@ -135,4 +127,4 @@ def test_a_killed_supernode_comes_back_and_the_run_ends(federation: Federation) 
     assert rows[-1]["refused"] == {}
     assert rows[-1]["clients"] == ["0", "1"]
     assert process_of(node, b"flower-supernode") != killed
-    assert "supernode.sh ended with exit code 137; next start in 15 s" in loopback.says(node)
+    assert "supernode.sh ended with exit code 137; next start in 3 s" in loopback.says(node)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,11 @@ from fedtune.errors import DataError, EngineError, Interrupted
 from fedtune.run_folder import RunFolder
 from simulations.engines import flower, superlink
 from simulations.engines.flower import run_flower
+from simulations.engines.flower_app import config_lines
 from simulations.engines.in_process import run_in_process
 from simulations.engines.processes import living
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -102,3 +106,40 @@ def test_signals_end_everything(small, tmp_path, homes, number):
     _, errors = process.communicate(timeout=60)
     assert metrics.exists(), errors.decode()
     assert process.returncode in ({-signal.SIGINT, 1, 130} if number == signal.SIGINT else {128 + signal.SIGTERM})
+
+
+@pytest.mark.faults
+def test_a_caller_that_is_killed_leaves_nothing_and_a_resume_ends_the_same(small, tmp_path, homes):
+    """kill -9 of `fedtune simulate --engine flower` in the middle of a round; `--resume --engine flower` carries it on."""
+    expected = run_in_process(small("here", rounds=4, local_steps=40))
+    preset = tmp_path / "preset.toml"
+    preset.write_text("\n".join(config_lines(small("", rounds=4, local_steps=40, out=""))))
+    command = [sys.executable, "-m", "fedtune.cli", "simulate", "--engine", "flower", "--workers", "1"]
+    environment = {**os.environ, "TMPDIR": str(homes), "PYTHONPATH": str(ROOT)}
+    out, log = tmp_path / "killed", tmp_path / "output.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, str(preset), "--out", str(out)], env=environment, stdout=output, stderr=output)
+        metrics, deadline = out / "metrics.jsonl", time.monotonic() + 240
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 1):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert wait_until(lambda: living(homes) == [] and list(homes.iterdir()) == [])
+    assert not (out / "summary.json").exists()
+    done = subprocess.run([*command, "--resume", str(out), "--json"], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert json.loads(done.stdout.splitlines()[-1])["digest"] == expected["digest"]
+    rows = RunFolder.open(out).read_metrics()
+    assert [row["digest"] for row in rows] == [row["digest"] for row in RunFolder.open(tmp_path / "here").read_metrics()]
+
+
+def wait_until(fact: Callable[[], bool], seconds: float = 60.0) -> bool:
+    """Whether `fact` came true in time."""
+    deadline = time.monotonic() + seconds
+    while not fact():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,46 @@
+"""`fedtune loss`: the held-out loss of a model as a run would measure it, to the last digit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from fedtune.cli import presets
+from fedtune.cli.presets import PresetArgument, SetOption
+
+
+def loss(
+    preset: PresetArgument,
+    settings: SetOption = [],  # noqa: B006 (typer reads the default and never changes it)
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Instead of the preset's: a folder or hub name.", show_default=False)
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead.")] = False,
+) -> None:
+    """Measure a model on the held-out samples of a preset, in nats per token; nothing is trained or written.
+
+    [bold]fedtune loss demo_fedkseed[/bold]   the base model, as after round 0 of the run
+
+    [bold]fedtune loss demo_fedkseed --model tuned[/bold]   what export or apply wrote: the run's last loss, digit by digit
+    """
+    config = presets.choose(preset, [*settings, *([f"model='{model}'"] if model else [])]).config
+    from fedtune.evaluation import evaluate
+    from fedtune.resident import resident
+
+    here = resident(config)
+    here.load()
+    found = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
+    fingerprint = here.replica.fingerprint.hex()
+    if as_json:
+        print(json.dumps({**asdict(found), "fingerprint": fingerprint}))
+        return
+    for name, value in (
+        ("held-out loss", repr(found.loss)),
+        ("mean over samples", repr(found.loss_sample_mean)),
+        ("samples, tokens", f"{found.samples:,}, {found.tokens:,}"),
+        ("fingerprint", fingerprint),
+    ):
+        print(f"{name:<18}{value}")
