@@ -262,6 +262,8 @@ class RunConfig(BaseModel):
             raise ConfigError(f"Preset '{source}' cannot be read: {error}.") from None
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"Preset '{source}' is not valid TOML: {error}.") from None
+        if "arms" in values:
+            raise ConfigError(f"'{source}' compares several algorithms: run it with `fedtune compare {source}`.")
         return cls.from_mapping({**values, **(overrides or {})})
 
     @model_validator(mode="before")
@@ -348,6 +350,27 @@ def split_source(source: str) -> tuple[str, str]:
     """
     match = _PREFIX.fullmatch(source)
     return (match[1], match[2]) if match else ("", source)
+
+
+def read_setting(text: str) -> tuple[str, Scalar]:
+    """`"key=value"` as key and value. The value follows TOML; what TOML cannot read, or reads as no scalar, is text.
+
+    >>> read_setting("lr=1e-5"), read_setting("model=foo"), read_setting("seed='7'")
+    (('lr', 1e-05), ('model', 'foo'), ('seed', '7'))
+
+    Raises:
+        ConfigError: there is no "=", or no key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"A setting is KEY=VALUE, not '{text}'.")
+    value = value.strip()
+    try:
+        parsed = tomllib.loads(f"value = {value}") if "\n" not in value else {}
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    read = parsed.get("value", value)
+    return key.strip(), read if isinstance(read, bool | int | float | str) else value
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

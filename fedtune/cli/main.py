@@ -19,6 +19,7 @@ from rich.text import Text
 
 import fedtune
 from fedtune.cli.apply import apply
+from fedtune.cli.compare import compare
 from fedtune.cli.data import data_app
 from fedtune.cli.delta import delta_app
 from fedtune.cli.demo import demo
@@ -64,6 +65,7 @@ def root(
 
 
 app.command("simulate")(simulate)
+app.command("compare")(compare)
 app.command("demo")(demo)
 app.command("presets")(presets)
 app.add_typer(data_app, name="data")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.config import RunConfig, Scalar
+from fedtune.config import RunConfig, Scalar, read_setting
 from fedtune.errors import ConfigError
 
 PresetArgument = Annotated[
@@ -70,26 +69,16 @@ def choose(preset: str, settings: Sequence[str] = ()) -> Chosen:
         ConfigError: no such preset, or a value that cannot be used.
     """
     overrides = dict(parse_setting(text) for text in settings)
-    path = _find(preset)
+    path = find(preset)
     return Chosen(path.stem, RunConfig.load(path, overrides))
 
 
 def parse_setting(text: str) -> tuple[str, Scalar]:
-    """`"key=value"` as key and value. The value follows TOML; what TOML cannot read, or reads as no scalar, is text.
-
-    >>> parse_setting("lr=1e-5"), parse_setting("model=foo"), parse_setting("seed='7'")
-    (('lr', 1e-05), ('model', 'foo'), ('seed', '7'))
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise typer.BadParameter(f"--set takes KEY=VALUE, not '{text}'")
-    value = value.strip()
+    """`fedtune.config.read_setting` for the command line. Raises typer.BadParameter."""
     try:
-        parsed = tomllib.loads(f"value = {value}") if "\n" not in value else {}
-    except tomllib.TOMLDecodeError:
-        parsed = {}
-    read = parsed.get("value", value)
-    return key.strip(), read if isinstance(read, bool | int | float | str) else value
+        return read_setting(text)
+    except ConfigError:
+        raise typer.BadParameter(f"--set takes KEY=VALUE, not '{text}'") from None
 
 
 def presets() -> None:
@@ -104,7 +93,7 @@ def presets() -> None:
     console.print("\nRun one with `fedtune simulate NAME`, change it with `--set key=value`, or copy the file and edit it.")
 
 
-def _find(preset: str) -> Path:
+def find(preset: str) -> Path:
     """The file of `preset`. A name never hides a file: `./demo.toml` is a file, `demo` a name unless such a file exists."""
     path = Path(preset).expanduser()
     if path.is_file():

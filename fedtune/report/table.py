@@ -65,21 +65,33 @@ _NEEDED = ("preset", "algorithm", "label", "seed", "round")
 def rows_of(metrics: Iterable[Mapping[str, Any]], *, preset: str, algorithm: str, label: str, seed: int) -> list[Row]:
     """The rows of one run from its lines of metrics.jsonl, with bytes and seconds added up round by round.
 
-    `seconds` adds the phases of the rounds; columns that metrics.jsonl has nothing about are null.
+    `seconds` and `cpu_seconds` add the phases of the rounds; columns that metrics.jsonl has nothing about are null.
     """
-    total, seconds, rows = 0, 0.0, []
+    total, serialised, seconds, rows = 0, 0, 0.0, []
+    cpu: float | None = 0.0
     for line in metrics:
         up, down = int(measured(line.get("bytes_up")) or 0), int(measured(line.get("bytes_down")) or 0)
-        phases = line.get("seconds")
         total += up + down
-        seconds += sum(measured(value) or 0.0 for value in phases.values()) if isinstance(phases, Mapping) else 0.0
+        whole = [measured(line.get(name)) for name in ("serialised_up", "serialised_down")]
+        serialised += sum(int(value or 0) for value in whole)
+        seconds += _phases(line, "seconds") or 0.0
+        worked = _phases(line, "cpu_seconds")
+        cpu = None if cpu is None or worked is None else cpu + worked
         scores: dict[str, Any] = {
             name: measured(line.get(name)) for name in ("eval_loss", "eval_loss_sample_mean", "rouge_l", "exact_match")
         }
         counts: dict[str, Any] = {"bytes_up": up, "bytes_down": down, "cumulative_bytes": total}
+        counts["serialised_bytes"] = serialised if None not in whole else None
+        counts["cpu_seconds"] = None if cpu is None else round(cpu, 4)
         number = int(measured(line.get("round")) or 0)
         rows.append(Row(preset, algorithm, label, seed, number, **scores, **counts, seconds=round(seconds, 4)))
     return rows
+
+
+def _phases(line: Mapping[str, Any], name: str) -> float | None:
+    """The sum of the phases of a round; None if it has none."""
+    phases = line.get(name)
+    return sum(measured(value) or 0.0 for value in phases.values()) if isinstance(phases, Mapping) else None
 
 
 # ---------------------------------------------------------------------- writing

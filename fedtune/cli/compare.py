@@ -1,0 +1,177 @@
+"""`fedtune compare`: the same federation with several algorithms and seeds, as a table and figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedtune.cli.presets import SetOption, find, parse_setting
+from fedtune.errors import RunError
+from fedtune.experiments import arms as experiment
+from fedtune.experiments.cells import Outcome, run_cells
+from fedtune.experiments.compare import Held, Planned, Result, held_against, plan, results, table
+from fedtune.link import Link, parse_link
+from fedtune.numbers import in_bytes, in_time
+from fedtune.report import table as tidy
+from fedtune.report.figures import figures
+from fedtune.run_folder import dated, replace_file, versions
+
+ComparisonArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="PRESET",
+        help="A TOML file or a name from [bold]fedtune presets[/bold]; it may have tables [arms.NAME] (docs/experiments.md).",
+        show_default=False,
+    ),
+]
+AlgorithmsOption = Annotated[
+    str,
+    typer.Option(
+        "--algorithms",
+        "-a",
+        metavar="A,B,...",
+        help="Arms of the file, or algorithms, also with settings of their own: fedavg:lr=1e-2 [dim](default: all arms)[/dim].",
+        show_default=False,
+    ),
+]
+
+OutOption = Annotated[
+    str,
+    typer.Option("--out", metavar="DIR", help="Folder [dim](default: runs/PRESET-DATE-TIME)[/dim].", show_default=False),
+]
+ONE_RATE = "One lr for methods with and without gradients suits one of them at most: give arms their own, as in fedavg:lr=1e-2."
+
+
+def compare(
+    preset: ComparisonArgument,
+    algorithms: AlgorithmsOption = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with seeds from the preset's on.")] = 5,
+    settings: SetOption = [],  # noqa: B006 (typer reads the default and never changes it)
+    out: OutOption = "",
+    workers: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one a GPU, or one a CPU core.")] = 0,
+    link: Annotated[
+        str,
+        typer.Option(help="Time on a simulated link too: 4g, dsl ..., or down=20,up=5,latency=40.", show_default=False),
+    ] = "",
+    against: Annotated[
+        str, typer.Option(metavar="FILE", help="An earlier table.csv; says whether the results agree.", show_default=False)
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as the last line of stdout.")] = False,
+) -> None:
+    """Run a grid of algorithms and seeds, and write one table (CSV, Parquet) and figures (PNG, SVG).
+
+    [bold]fedtune compare demo_ferret --algorithms ferret,fedavg,fedkseed:lr=3e-5 --seeds 3[/bold]
+
+    [bold]fedtune compare compare_embedded --out runs/all[/bold]   the same again carries on what is not finished
+
+    [bold]fedtune compare compare_embedded --against simulations/results/embedded.csv[/bold]
+
+    Every run is an ordinary run folder, which fedtune report and fedtune ledger read.
+    """
+    console = Console(stderr=as_json, highlight=False)
+    comparison = experiment.load(find(preset))
+    chosen = experiment.choose(comparison, algorithms)
+    overrides = dict(parse_setting(text) for text in settings)
+    first = int(str(overrides.get("seed", comparison.common.get("seed", 0))))
+    folder = Path(out or dated(comparison.name))
+    simulated = parse_link(link) if link else None
+    planned = plan(comparison, chosen, overrides, range(first, first + seeds), folder)
+    before = tidy.read(Path(against)) if against else []
+    if experiment.one_rate_for_all(chosen):
+        console.print(ONE_RATE)
+    cells = [cell for one in planned for cell in one.cells]
+    console.print(f"{len(chosen)} arms x {seeds} seeds: {len(cells)} runs, in {folder}", soft_wrap=True)
+    outcomes = run_cells(cells, workers=workers, done=_said(console, len(cells)))
+    rows = table(planned, outcomes, comparison.name, simulated)
+    found = results(rows, planned)
+    console.print(_as_table(found))
+    for line in _written(folder, rows, found, planned, simulated):
+        console.print(line, soft_wrap=True)
+    held = held_against(rows, before)
+    for one in held:
+        console.print(_agreement(one))
+    if as_json:
+        print(json.dumps([asdict(result) for result in found]))
+    _end(outcomes, held)
+
+
+def _said(console: Console, total: int) -> Callable[[Outcome], None]:
+    """Prints a line for each run that ends, with the time that is left."""
+    begun, counts = time.monotonic(), {"done": 0, "ran": 0}
+
+    def say(outcome: Outcome) -> None:
+        counts["done"] += 1
+        counts["ran"] += outcome.again
+        each = (time.monotonic() - begun) / max(1, counts["ran"])
+        left = f", about {in_time(each * (total - counts['done']))} left" if counts["ran"] and counts["done"] < total else ""
+        loss = outcome.summary.get("final_loss") if outcome.summary else None
+        said = f"held-out loss {loss:.4f}" if isinstance(loss, float) else outcome.problem or "no finite loss"
+        note = "" if outcome.again else " (was there)"
+        console.print(f"{counts['done']} of {total}: {outcome.cell.name}: {said}{note}{left}", markup=False, soft_wrap=True)
+
+    return say
+
+
+def _as_table(found: Sequence[Result]) -> Table:
+    view = Table(box=None, pad_edge=False)
+    view.add_column("", no_wrap=True)
+    for name in ("seeds", "held-out loss", "up", "down", "whole run", "CPU time", "peak memory"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for result in found:
+        view.add_row(
+            result.label,
+            str(result.seeds),
+            f"{result.loss:.4f} ± {result.spread:.4f}",
+            in_bytes(result.up),
+            in_bytes(result.down),
+            in_bytes(result.total),
+            in_time(result.cpu_seconds),
+            in_bytes(result.memory),
+        )
+    view.caption = "up, down: payload of a client and round; ±: standard deviation over seeds"
+    return view
+
+
+def _written(
+    folder: Path, rows: Sequence[tidy.Row], found: Sequence[Result], planned: Sequence[Planned], link: Link | None
+) -> list[str]:
+    """Write the table, the summary and the figures; says where they are, and what was left out for want of a package."""
+    if not rows:
+        return ["No run was finished: there is no table."]
+    said = [f"table: {tidy.write(rows, folder / 'table.csv')}"]
+    settings = {one.arm.label: one.cells[0].settings.as_mapping() for one in planned}
+    kept = {"results": [asdict(one) for one in found], "settings": settings, "link": str(link or ""), "versions": versions()}
+    replace_file(folder / "comparison.json", json.dumps(kept, indent=2).encode())
+    if importlib.util.find_spec("pyarrow"):
+        said.append(f"table: {tidy.write(rows, folder / 'table.parquet')}")
+    if importlib.util.find_spec("matplotlib"):
+        drawn = figures(rows, folder / "figures")
+        said.append(f"{len(drawn)} figures: {folder / 'figures'}")
+    missing = [name for name in ("pyarrow", "matplotlib") if not importlib.util.find_spec(name)]
+    if missing:
+        said.append(f"Without {' and '.join(missing)} something is left out: pip install 'fedtune[experiments]'.")
+    return said
+
+
+def _agreement(one: Held) -> str:
+    verdict = "agrees" if one.agrees else "DIFFERS"
+    return f"{one.label}: {one.now:.4f}, before {one.before:.4f} ({verdict}; up to {one.allowed:.4f} is expected)"
+
+
+def _end(outcomes: Sequence[Outcome], held: Sequence[Held]) -> None:
+    """Raises RunError if a run failed or a result differs from the earlier table."""
+    failed = [outcome for outcome in outcomes if outcome.problem]
+    if failed:
+        reasons = "; ".join(f"{outcome.cell.name}: {outcome.problem}" for outcome in failed[:3])
+        raise RunError(f"{len(failed)} of {len(outcomes)} runs failed ({reasons}). The same command tries them again.")
+    if any(not one.agrees for one in held):
+        raise RunError("The results differ from the earlier table by more than their spread.")
