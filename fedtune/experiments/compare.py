@@ -1,8 +1,8 @@
 """A comparison: the same federation with several algorithms and seeds, as one tidy table and a summary of each arm.
 
 All arms have the data, the partition, the held-out rows, the clients of every round and the evaluation of the same seed. The
-arm `local` is one run for each client, whose mean it is; its clients train in every round, with so many steps that their samples
-are those of a client that is asked now and then.
+arm `local` is one run for each client, whose mean it is; its clients train in every round, with so many steps that their
+samples are those of a client that is asked now and then.
 """
 
 from __future__ import annotations
