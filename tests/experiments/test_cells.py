@@ -1,0 +1,56 @@
+"""Many runs: each once, carried on where they stopped, never over another run. Real processes, a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune.config import RunConfig
+from fedtune.errors import RunFolderError
+from fedtune.experiments.cells import Cell, Outcome, as_toml, finished, run_cells
+from fedtune.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, instructions: Path, tmp_path: Path) -> RunConfig:
+    return RunConfig(
+        model=str(tiny_folder), data=str(instructions), rounds=2, clients=2, clients_per_round=2, local_steps=2,
+        K=64, min_samples=1, template="plain", max_length=64, threads=1, device="cpu", holdout=0.2, out=str(tmp_path / "one"),
+    )  # fmt: skip
+
+
+def test_runs_are_made_once_and_carried_on(settings: RunConfig, tmp_path: Path) -> None:
+    good = Cell("good", settings)
+    bad = Cell("bad", settings.replace(data=str(tmp_path / "nothing.jsonl"), out=str(tmp_path / "two")))
+    seen: list[Outcome] = []
+    first = run_cells([good, bad], workers=2, done=seen.append)
+    assert (first[0].problem, first[0].again) == ("", True)
+    assert first[0].summary is not None
+    assert first[0].summary["rounds"] == 2
+    assert first[1].summary is None
+    assert "nothing.jsonl" in first[1].problem
+    assert {outcome.cell.name for outcome in seen} == {"good", "bad"}
+
+    again = run_cells([good], workers=1)[0]
+    assert (again.again, again.summary) == (False, first[0].summary)
+
+    longer = run_cells([Cell("good", settings.replace(rounds=3))], workers=1)[0]
+    assert (longer.again, longer.problem) == (True, "")
+    rows = RunFolder.open(settings.out).read_metrics()
+    assert [row["round"] for row in rows] == [0, 1, 2, 3]
+    assert rows[2]["digest"] == first[0].summary["digest"]  # the rounds that were there stayed
+
+    with pytest.raises(RunFolderError, match=r"holds a run with other settings \(lr\)"):
+        run_cells([Cell("other", settings.replace(rounds=3, lr=0.5))])
+    with pytest.raises(RunFolderError, match=r"other settings \(rounds\)"):
+        run_cells([good])
+
+
+def test_the_preset_of_a_cell_has_all_its_settings(settings: RunConfig, tmp_path: Path) -> None:
+    odd = settings.replace(instruction_column='a "quoted" one', lr=3e-5)
+    (tmp_path / "cell.toml").write_text(as_toml(odd))
+    assert RunConfig.load(tmp_path / "cell.toml", {"out": settings.out}) == odd
+    assert finished(Cell("none", settings)) is None

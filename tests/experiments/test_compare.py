@@ -1,0 +1,110 @@
+"""Comparisons: the plan, the tidy table from run folders, the results, and what holding against an earlier table says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from fedtune.cli.main import main
+from fedtune.experiments.arms import Comparison, choose
+from fedtune.experiments.cells import Outcome
+from fedtune.experiments.compare import held_against, plan, results, table
+from fedtune.report.table import Row, read
+from fedtune.run_folder import RunFolder
+
+COMMON: Mapping[str, object] = {"rounds": 2, "clients": 4, "clients_per_round": 2, "local_steps": 10}
+
+
+def comparison() -> Comparison:
+    return Comparison("made-up", dict(COMMON), ())
+
+
+def test_the_plan_has_a_run_for_each_arm_and_seed_and_for_local_one_for_each_client(tmp_path: Path) -> None:
+    planned = plan(comparison(), choose(comparison(), "fedkseed,local"), {}, range(2), tmp_path)
+    assert [(one.arm.name, one.seed, len(one.cells)) for one in planned] == [
+        ("fedkseed", 0, 1), ("local", 0, 4), ("fedkseed", 1, 1), ("local", 1, 4),
+    ]  # fmt: skip
+    folders = [cell.folder for one in planned for cell in one.cells]
+    assert len(set(folders)) == len(folders)
+    assert {cell.settings.only_client for cell in planned[1].cells} == {"0", "1", "2", "3"}
+    assert {cell.settings.local_steps for cell in planned[1].cells} == {5}  # half the clients are asked: half the steps
+    assert {cell.settings.seed for cell in planned[2].cells} == {1}
+
+
+def _finished(folder: Path, losses: list[float], bytes_up: int) -> dict[str, object]:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"used": {}}))
+    rows = [
+        {
+            "round": number, "eval_loss": loss, "bytes_up": bytes_up * (number > 0), "bytes_down": 0, "serialised_up": 5,
+            "serialised_down": 6, "seconds": {"clients": 1.0}, "cpu_seconds": {"clients": 0.5},
+        }
+        for number, loss in enumerate(losses)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert RunFolder.open(folder).read_metrics() == rows
+    return {"peak_memory_bytes": 1000}
+
+
+def test_results_are_means_over_seeds_and_local_is_the_mean_over_clients(tmp_path: Path) -> None:
+    planned = plan(comparison(), choose(comparison(), "fedkseed,local"), {}, range(2), tmp_path)
+    outcomes = []
+    for one in planned:
+        for number, cell in enumerate(one.cells):
+            losses = [3.0, 2.0, 1.0 + one.seed + number]
+            outcomes.append(Outcome(cell, _finished(cell.folder, losses, 100 if one.arm.name == "fedkseed" else 0)))
+    rows = table(planned, outcomes, "made-up", None)
+    assert len(rows) == 4 * 3
+    last = [row for row in rows if row.label == "local only" and row.round == 2]
+    assert [row.eval_loss for row in last] == [2.5, 3.5]
+    fedkseed, local = results(rows, planned)
+    assert (fedkseed.loss, fedkseed.seeds, fedkseed.total, fedkseed.up) == (1.5, 2, 200.0, 50.0)
+    assert fedkseed.spread == pytest.approx(math.sqrt(0.5))
+    assert fedkseed.cpu_seconds == 1.5
+    assert (local.loss, local.total) == (3.0, 0.0)
+    unfinished = [outcome for outcome in outcomes if "client 3, seed 1" not in outcome.cell.name]
+    assert len(table(planned, unfinished, "made-up", None)) == 3 * 3
+
+
+def _rows(label: str, losses: list[float]) -> list[Row]:
+    return [Row("p", label, label, seed, 1, eval_loss=loss) for seed, loss in enumerate(losses)]
+
+
+def test_results_agree_within_their_spread() -> None:
+    before = [*_rows("a", [1.0, 1.2]), *_rows("b", [1.0]), *_rows("gone", [1.0])]
+    (a, b) = held_against([*_rows("a", [1.3, 1.5]), *_rows("b", [1.01])], before)
+    assert (a.agrees, round(a.allowed, 4)) == (True, 0.4243)
+    assert not b.agrees
+    assert held_against(_rows("b", [1.001]), before)[0].agrees
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_table_and_figures_and_repeats_nothing(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "both.toml").write_text(
+        f'model = "{tiny_folder}"\ndata = "{instructions}"\nrounds = 1\nclients = 2\nclients_per_round = 2\nlocal_steps = 2\n'
+        'K = 64\nmin_samples = 1\ntemplate = "plain"\nmax_length = 64\nthreads = 1\ndevice = "cpu"\nholdout = 0.2\n'
+        "[arms.fedkseed]\n[arms.fedavg]\nlr = 1e-2\n"
+    )
+    command = ["compare", str(tmp_path / "both.toml"), "--seeds", "1", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    said = capsys.readouterr().out
+    assert ended.value.code in (0, None), said
+    assert "FedAvg" in said
+    rows = read(tmp_path / "out" / "table.csv")
+    assert [(row.algorithm, row.round) for row in rows] == [("fedkseed", 0), ("fedkseed", 1), ("fedavg", 0), ("fedavg", 1)]
+    assert rows[3].bytes_up > 1000 * rows[1].bytes_up > 0
+    assert None not in (rows[1].cpu_seconds, rows[1].serialised_bytes, rows[1].peak_memory_bytes)
+    assert any(path.suffix == ".svg" for path in (tmp_path / "out" / "figures").iterdir())
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--against", str(tmp_path / "out" / "table.csv")])
+    said = capsys.readouterr().out
+    assert ended.value.code in (0, None), said
+    assert said.count("(was there)") == 2
+    assert said.count("(agrees;") == 2
