@@ -28,7 +28,7 @@ demo: $(VENV)/.stamp-package
 
 test: check
 	@echo "== tests"
-	@$(BIN)/python -m pytest -q -m "not gpu and not deployment and not faults" -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -q -m "not gpu and not deployment and not faults and not long" -n 2 --dist worksteal
 
 test-deployment: $(VENV)/.stamp-dev
 	@echo "== tests of deployments and of processes that die (nginx is needed: apt install nginx-light)"

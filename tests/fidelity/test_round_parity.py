@@ -70,7 +70,7 @@ def test_fedkseed_models_of_some_rounds(zeroth: Replay) -> None:
     _check_rounds(zeroth, list(fedkseed_states(zeroth, 16)), [0, 1, 2, 8, 16])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fedkseed_models_of_all_rounds(zeroth: Replay) -> None:
     _check_rounds(zeroth, list(fedkseed_states(zeroth, 16)), list(range(17)))
 

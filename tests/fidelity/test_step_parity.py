@@ -89,7 +89,7 @@ def test_fedkseed_steps_of_one_client(zeroth: tuple[Replay, list[State]], round:
     _check_fedkseed(*zeroth, round, 1, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("round", range(1, 17))
 def test_fedkseed_steps_of_all_clients(zeroth: tuple[Replay, list[State]], round: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All 3,200 steps."""
@@ -125,7 +125,7 @@ def test_ferret_steps_and_projection_of_one_client(
     _check_ferret(*first, round, slice(0, 1), monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @rejection_sampling
 @pytest.mark.parametrize("round", [1, 2])
 def test_ferret_steps_and_projection_of_the_other_clients(

@@ -152,7 +152,7 @@ def test_an_empty_round_leaves_the_state(settings: Callable[..., RunConfig]) -> 
     def lost(message: Message) -> bool:
         return message.metadata.group_id == "2"
 
-    outcome = run(settings(round_timeout=0.5), Faults(drop=lost))
+    outcome = run(settings(round_timeout=1.5), Faults(drop=lost))
     assert outcome.digests[2] == outcome.digests[1]
     assert outcome.digests[3] != outcome.digests[2]
     assert len(outcome.refused) == settings().invited_per_round
@@ -196,7 +196,7 @@ def test_a_hostile_update_is_refused_named_and_changes_nothing(settings: Callabl
     assert len(attacked.refused) == 1
     assert attacked.summary["updates_refused"] == 1
     without = run(
-        asked.replace(out=asked.out + "-2", round_timeout=0.5),
+        asked.replace(out=asked.out + "-2", round_timeout=1.5),
         Faults(drop=lambda message: message.metadata.message_type == "train" and message.metadata.dst_node_id == victim[0]),
     )
     assert attacked.digests == without.digests
