@@ -180,23 +180,23 @@ LEAST = 0.002
 
 
 def held_against(now: Sequence[Row], before: Sequence[Row]) -> list[Held]:
-    """Every arm that both tables have: means may differ by three standard errors of their difference, or LEAST."""
+    """Every arm that both tables have, over the seeds that both have.
+
+    Means may differ by three standard errors: of as many runs as are compared, from the spread over all seeds of the earlier
+    table; or by LEAST.
+    """
     found = []
     for label in dict.fromkeys(row.label for row in before):
-        one, other = _last_losses(before, label), _last_losses(now, label)
-        if one and other:
-            error = math.sqrt(sum(_variance(losses) / len(losses) for losses in (one, other)))
-            found.append(Held(label, sum(one) / len(one), sum(other) / len(other), max(3 * error, LEAST)))
+        then, here = _last_losses(before, label), _last_losses(now, label)
+        seeds = sorted(then.keys() & here.keys())
+        if seeds:
+            one, other = (sum(losses[seed] for seed in seeds) / len(seeds) for losses in (then, here))
+            spread = statistics.stdev(then.values()) if len(then) > 1 else 0.0
+            found.append(Held(label, one, other, max(3 * spread / math.sqrt(len(seeds)), LEAST)))
     return found
 
 
-def _last_losses(rows: Sequence[Row], label: str) -> list[float]:
-    mine = [row for row in rows if row.label == label]
-    ends = [
-        max((row for row in mine if row.seed == seed), key=lambda row: row.round) for seed in sorted({r.seed for r in mine})
-    ]
-    return [row.eval_loss for row in ends if row.eval_loss is not None]
-
-
-def _variance(values: Sequence[float]) -> float:
-    return statistics.variance(values) if len(values) > 1 else 0.0
+def _last_losses(rows: Sequence[Row], label: str) -> dict[int, float]:
+    """By seed: the held-out loss after the last round."""
+    mine = sorted((row for row in rows if row.label == label and row.eval_loss is not None), key=lambda row: row.round)
+    return {row.seed: row.eval_loss for row in mine if row.eval_loss is not None}

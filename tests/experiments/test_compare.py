@@ -77,9 +77,11 @@ def _rows(label: str, losses: list[float]) -> list[Row]:
 def test_results_agree_within_their_spread() -> None:
     before = [*_rows("a", [1.0, 1.2]), *_rows("b", [1.0]), *_rows("gone", [1.0])]
     (a, b) = held_against([*_rows("a", [1.3, 1.5]), *_rows("b", [1.01])], before)
-    assert (a.agrees, round(a.allowed, 4)) == (True, 0.4243)
+    assert (a.agrees, round(a.before, 4), round(a.now, 4), round(a.allowed, 4)) == (True, 1.1, 1.4, 0.3)
     assert not b.agrees
     assert held_against(_rows("b", [1.001]), before)[0].agrees
+    (first,) = held_against(_rows("a", [1.1]), before)  # one seed in common
+    assert (first.before, first.now, round(first.allowed, 4)) == (1.0, 1.1, 0.4243)
 
 
 @pytest.mark.slow
