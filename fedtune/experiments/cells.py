@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -62,7 +64,7 @@ def run_cells(cells: Sequence[Cell], *, workers: int = 0, done: Callable[[Outcom
 
     Raises:
         RunFolderError: a folder holds another run; nothing was started.
-        Interrupted: Ctrl-C; the runs stop after the step in hand, and the same call carries them on.
+        Interrupted: Ctrl-C, or a request to end; the runs stop after the step in hand, and the same call carries them on.
     """
     for cell in cells:
         _check(cell)
@@ -79,7 +81,7 @@ def run_cells(cells: Sequence[Cell], *, workers: int = 0, done: Callable[[Outcom
             places.put(place)
         return number
 
-    with ThreadPoolExecutor(places.qsize()) as pool:
+    with _ending_like_ctrl_c(), ThreadPoolExecutor(places.qsize()) as pool:
         futures = [pool.submit(work, number) for number in range(len(cells))]
         try:
             for future in as_completed(futures):
@@ -92,6 +94,21 @@ def run_cells(cells: Sequence[Cell], *, workers: int = 0, done: Callable[[Outcom
                 raise Interrupted("Stopped; the same command carries on what is not finished.") from None
             raise
     return [found[number] for number in range(len(cells))]
+
+
+@contextmanager
+def _ending_like_ctrl_c() -> Iterator[None]:
+    """Inside the `with` block a request to end, or a terminal that goes, is a KeyboardInterrupt, as Ctrl-C is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in asked]
+    try:
+        yield
+    finally:
+        for number, handler in zip(asked, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _places(workers: int, cells: Sequence[Cell]) -> SimpleQueue[str]:

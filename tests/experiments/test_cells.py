@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import pytest
 from fedtune.config import RunConfig
 from fedtune.errors import RunFolderError
 from fedtune.experiments.cells import Cell, Outcome, as_toml, finished, run_cells
+from fedtune.ledger import Ledger
 from fedtune.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -54,3 +59,29 @@ def test_the_preset_of_a_cell_has_all_its_settings(settings: RunConfig, tmp_path
     (tmp_path / "cell.toml").write_text(as_toml(odd))
     assert RunConfig.load(tmp_path / "cell.toml", {"out": settings.out}) == odd
     assert finished(Cell("none", settings)) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_end_stops_the_runs_and_the_same_command_carries_them_on(
+    settings: RunConfig, tmp_path: Path, number: signal.Signals
+) -> None:
+    text = as_toml(settings.replace(rounds=30, local_steps=10)) + "[arms.fedkseed]\n"
+    (tmp_path / "long.toml").write_text(text)
+    command = [sys.executable, "-m", "fedtune.cli", "compare", str(tmp_path / "long.toml"), "--seeds", "1", "--out"]
+    command.append(str(tmp_path / "out"))
+    folder = tmp_path / "out" / "runs" / "fedkseed" / "seed-0"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (folder / "coefficients.bin").exists():
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command carries on" in said
+    done = len(RunFolder.open(folder).read_metrics())
+    assert 1 <= done < 31
+    with Ledger.open(folder, writing=True) as ledger:  # nobody holds it any more
+        assert ledger.last >= done - 1
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert len(RunFolder.open(folder).read_metrics()) == 31
