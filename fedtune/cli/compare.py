@@ -121,24 +121,37 @@ def _said(console: Console, total: int) -> Callable[[Outcome], None]:
     return say
 
 
+HEADS = ("seeds", "held-out loss", "up", "down", "whole run", "CPU time", "peak memory")
+CAPTION = "up, down: payload of a client and round; ±: standard deviation over seeds"
+
+
+def _cells(result: Result) -> list[str]:
+    """A line of the results, as HEADS names them."""
+    return [
+        str(result.seeds),
+        f"{result.loss:.4f} ± {result.spread:.4f}",
+        in_bytes(result.up),
+        in_bytes(result.down),
+        in_bytes(result.total),
+        in_time(result.cpu_seconds),
+        in_bytes(result.memory),
+    ]
+
+
 def _as_table(found: Sequence[Result]) -> Table:
-    view = Table(box=None, pad_edge=False)
+    view = Table(box=None, pad_edge=False, caption=CAPTION)
     view.add_column("", no_wrap=True)
-    for name in ("seeds", "held-out loss", "up", "down", "whole run", "CPU time", "peak memory"):
+    for name in HEADS:
         view.add_column(name, justify="right", no_wrap=True)
     for result in found:
-        view.add_row(
-            result.label,
-            str(result.seeds),
-            f"{result.loss:.4f} ± {result.spread:.4f}",
-            in_bytes(result.up),
-            in_bytes(result.down),
-            in_bytes(result.total),
-            in_time(result.cpu_seconds),
-            in_bytes(result.memory),
-        )
-    view.caption = "up, down: payload of a client and round; ±: standard deviation over seeds"
+        view.add_row(result.label, *_cells(result))
     return view
+
+
+def _as_markdown(found: Sequence[Result]) -> str:
+    """The same for a document."""
+    lines = [["", *HEADS], ["---", *("---:" for _ in HEADS)], *([result.label, *_cells(result)] for result in found)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{CAPTION}\n"
 
 
 def _written(
@@ -151,6 +164,7 @@ def _written(
     settings = {one.arm.label: one.cells[0].settings.as_mapping() for one in planned}
     kept = {"results": [asdict(one) for one in found], "settings": settings, "link": str(link or ""), "versions": versions()}
     replace_file(folder / "comparison.json", json.dumps(kept, indent=2).encode())
+    replace_file(folder / "results.md", _as_markdown(found).encode())
     if importlib.util.find_spec("pyarrow"):
         said.append(f"table: {tidy.write(rows, folder / 'table.parquet')}")
     if importlib.util.find_spec("matplotlib"):
