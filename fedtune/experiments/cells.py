@@ -1,5 +1,8 @@
 """Running many runs: each in a process of its own, several at a time, carried on where an earlier call stopped.
 
+The processes are forked from one that has imported everything and touched nothing (multiprocessing's fork server), since
+importing takes longer than a small run does; where a system has none, each starts afresh.
+
 A cell is a run folder with settings. A folder that is finished is not run again, one that was interrupted is resumed by its
 ledger, and one that holds a run with other settings is refused, so nothing is ever overwritten.
 """
@@ -7,15 +10,16 @@ ledger, and one that holds a run with other settings is refused, so nothing is e
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -28,6 +32,7 @@ from fedtune.run_folder import CONFIG, RunFolder, replace_file
 
 GROWING = "rounds"  # may be larger than what the folder has: the run is carried on
 PLACES = ("out", "resume")  # where a run is says nothing about what it is
+PRELOADED = ["fedtune.cli.main", "server.app", "client.app", "simulations.engines.in_process", "transformers.models.llama"]
 KILL_AFTER = 20.0  # seconds that a process has to end after it was asked to
 
 
@@ -69,7 +74,7 @@ def run_cells(cells: Sequence[Cell], *, workers: int = 0, done: Callable[[Outcom
     for cell in cells:
         _check(cell)
     places = _places(workers, cells)
-    running: set[subprocess.Popen[str]] = set()
+    running: set[BaseProcess] = set()
     lock = threading.Lock()
     found: dict[int, Outcome] = {}
 
@@ -133,21 +138,43 @@ def _check(cell: Cell) -> None:
         raise RunFolderError(f"'{cell.folder}' holds a run with other settings ({names}): give another --out, or remove it.")
 
 
-def _run(cell: Cell, place: str, running: set[subprocess.Popen[str]], lock: threading.Lock) -> Outcome:
+def _run(cell: Cell, place: str, running: set[BaseProcess], lock: threading.Lock) -> Outcome:
     summary = finished(cell)
     if summary is not None:
         return Outcome(cell, summary, again=False)
-    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": place} if place else {})}
+    arguments, said = _arguments(cell), cell.folder.with_name(f"{cell.folder.name}.log")
     with lock:
-        process = subprocess.Popen(
-            _command(cell), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-        )
+        process = _start(arguments, said, place)
         running.add(process)
-    _, said = process.communicate()
+    process.join()
     with lock:
         running.discard(process)
-    summary = finished(cell) if process.returncode == 0 else None
-    return Outcome(cell, summary, "" if summary is not None else _last_line(said, process.returncode))
+    summary = finished(cell) if process.exitcode == 0 else None
+    return Outcome(cell, summary, "" if summary is not None else _last_line(said, process.exitcode or 0))
+
+
+def _start(arguments: Sequence[str], said: Path, place: str) -> BaseProcess:
+    """A new process of `fedtune` with these arguments; what it prints goes to the file `said`."""
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(PRELOADED)
+    process: BaseProcess = context.Process(target=_child, args=(list(arguments), str(said), place))
+    process.start()
+    return process
+
+
+def _child(arguments: list[str], said: str, place: str) -> None:
+    """What a process does. It has no terminal: Ctrl-C there is for the one that waits, which asks this one to end."""
+    os.setsid()
+    if place:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place
+    with open(said, "w", encoding="utf-8", buffering=1) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        from fedtune.cli.main import main
+
+        main(arguments)
 
 
 def finished(cell: Cell) -> dict[str, Any] | None:
@@ -159,15 +186,14 @@ def finished(cell: Cell) -> dict[str, Any] | None:
     return summary if summary.get("rounds") == cell.settings.rounds else None
 
 
-def _command(cell: Cell) -> list[str]:
+def _arguments(cell: Cell) -> list[str]:
     """What runs the cell, or carries it on."""
-    program = [sys.executable, "-m", "fedtune.cli", "simulate"]
     if cell.folder.exists():
-        return [*program, "--resume", str(cell.folder), "--set", f"rounds={cell.settings.rounds}", "--quiet", "--json"]
+        return ["simulate", "--resume", str(cell.folder), "--set", f"rounds={cell.settings.rounds}", "--quiet", "--json"]
     preset = cell.folder.with_name(f"{cell.folder.name}.toml")
     preset.parent.mkdir(parents=True, exist_ok=True)
     replace_file(preset, as_toml(cell.settings).encode())
-    return [*program, str(preset), "--out", str(cell.folder), "--quiet", "--json"]
+    return ["simulate", str(preset), "--out", str(cell.folder), "--quiet", "--json"]
 
 
 def as_toml(settings: RunConfig) -> str:
@@ -176,19 +202,21 @@ def as_toml(settings: RunConfig) -> str:
     return "\n".join([*lines, ""])
 
 
-def _last_line(said: str, code: int) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return lines[-1].removeprefix("Error: ") if lines else f"The run ended with code {code} and said nothing."
+def _last_line(said: Path, code: int) -> str:
+    """Why a run failed: the last line that it printed."""
+    text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].removeprefix("Error: ") if lines else f"The run ended with code {code} and said nothing ('{said}')."
 
 
-def _end(running: set[subprocess.Popen[str]], lock: threading.Lock) -> None:
+def _end(running: set[BaseProcess], lock: threading.Lock) -> None:
     """Let the processes stop after the step in hand; kill those that do not."""
     with lock:
         ending = list(running)
     for process in ending:
         process.terminate()
+    until = time.monotonic() + KILL_AFTER
     for process in ending:
-        try:
-            process.wait(KILL_AFTER)
-        except subprocess.TimeoutExpired:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
             process.kill()
