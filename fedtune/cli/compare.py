@@ -142,9 +142,9 @@ def _as_table(found: Sequence[Result]) -> Table:
     view = Table(box=None, pad_edge=False, caption=CAPTION)
     view.add_column("", no_wrap=True)
     for name in HEADS:
-        view.add_column(name, justify="right", no_wrap=True)
+        view.add_column(name, justify="right")
     for result in found:
-        view.add_row(result.label, *_cells(result))
+        view.add_row(result.label, *(cell.replace(" ", "\u00a0") for cell in _cells(result)))  # heads wrap, numbers do not
     return view
 
 
