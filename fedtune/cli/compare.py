@@ -121,7 +121,7 @@ def _said(console: Console, total: int) -> Callable[[Outcome], None]:
     return say
 
 
-HEADS = ("seeds", "held-out loss", "up", "down", "whole run", "CPU time", "peak memory")
+HEADS = ("seeds", "held-out loss", "±", "up", "down", "whole run", "CPU time", "peak memory")
 CAPTION = "up, down: payload of a client and round; ±: standard deviation over seeds"
 
 
@@ -129,7 +129,8 @@ def _cells(result: Result) -> list[str]:
     """A line of the results, as HEADS names them."""
     return [
         str(result.seeds),
-        f"{result.loss:.4f} ± {result.spread:.4f}",
+        f"{result.loss:.4f}",
+        f"{result.spread:.4f}",
         in_bytes(result.up),
         in_bytes(result.down),
         in_bytes(result.total),
