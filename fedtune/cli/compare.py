@@ -19,7 +19,7 @@ from fedtune.errors import RunError
 from fedtune.experiments import arms as experiment
 from fedtune.experiments.cells import Outcome, run_cells
 from fedtune.experiments.compare import Held, Planned, Result, held_against, plan, results, table
-from fedtune.link import Link, parse_link
+from fedtune.link import Link
 from fedtune.numbers import in_bytes, in_time
 from fedtune.report import table as tidy
 from fedtune.report.figures import figures
@@ -83,7 +83,7 @@ def compare(
     overrides = dict(parse_setting(text) for text in settings)
     first = int(str(overrides.get("seed", comparison.common.get("seed", 0))))
     folder = Path(out or dated(comparison.name))
-    simulated = parse_link(link) if link else None
+    simulated = Link.parse(link) if link else None
     planned = plan(comparison, chosen, overrides, range(first, first + seeds), folder)
     before = tidy.read(Path(against)) if against else []
     if experiment.one_rate_for_all(chosen):

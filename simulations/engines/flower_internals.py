@@ -1,9 +1,10 @@
-"""Everything that the in-process grid needs from Flower's private modules, so that a new Flower release breaks one file."""
+"""Everything that the engines need from Flower's private modules, so that a new Flower release breaks one file."""
 
 from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 
 from flwr.app import Error, Message
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -19,6 +20,7 @@ __all__ = [
     "NodeInfo",
     "Run",
     "adopt_identity",
+    "bundle_size",
     "empty_run",
     "expired",
     "give_id",
@@ -69,3 +71,10 @@ def expired(message: Message, reason: str) -> Message:
     reply = Message(Error(code=MESSAGE_UNAVAILABLE, reason=reason), reply_to=message)
     reply.metadata.__dict__.update(_src_node_id=SUPERLINK, _ttl=0.0)
     return reply
+
+
+def bundle_size(app: Path) -> int:
+    """Bytes of the bundle that `flwr run` makes of the app folder `app`."""
+    from flwr.cli.build import build_fab_from_disk
+
+    return len(build_fab_from_disk(app))

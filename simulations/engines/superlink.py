@@ -1,4 +1,4 @@
-"""A private SuperLink on this machine for one run, with everything it starts and leaves behind under control.
+"""A private SuperLink on this machine, with everything it starts and leaves behind under control.
 
 `flwr run` alone starts a shared SuperLink that stays, installs dependencies from the network, and reports success for
 failed runs. Here the SuperLink has a port, a home folder and an environment of its own, and `close` ends every process
@@ -12,6 +12,7 @@ import os
 import shutil
 import site
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import fedtune
+from fedtune.deploy.certificates import LOOPBACK, Authority
 from fedtune.errors import EngineError
 from simulations.engines.processes import end_all, undisturbed
 from simulations.engines.relay import VARIABLE
@@ -53,43 +55,53 @@ class SuperLink:
     Attributes:
         home: FLWR_HOME and working directory of all its processes; removed by `close`.
         relay: path of the file in which the run's processes say what they do.
+        port: of loopback, where it listens.
+        ca: certificate of its CA; None without TLS.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, *, simulation: bool = True, tls: bool = False) -> None:
         """Start it and wait until it answers.
 
         Args:
             environment: further variables for its processes.
+            simulation: it runs clients itself (Ray); False: SuperNodes connect to it.
+            tls: with a certificate of a CA of its own.
 
         Raises:
             EngineError: it ended, or did not answer in time.
         """
         self.home = Path(tempfile.mkdtemp(prefix="fedtune-", dir=_short_temporary()))
         self.relay = self.home / "relay.jsonl"
+        self.ca = self.home / "ca.pem" if tls else None
         self._process: subprocess.Popen[bytes] | None = None
         self._janitor = _janitor(self.home)
         try:
-            self._start(environment or {})
+            self._start(environment or {}, ["--simulation"] if simulation else [])
         except BaseException:
             self.close()
             raise
 
-    def _start(self, environment: Mapping[str, str]) -> None:
-        port = _free_port()
+    def _start(self, environment: Mapping[str, str], kind: list[str]) -> None:
+        self.port = free_port()
+        trust = f'root-certificates = "{self.ca}"' if self.ca else "insecure = true"
         connection = f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
-        (self.home / "config.toml").write_text(f'{connection}address = "127.0.0.1:{port}"\ninsecure = true\n')
+        (self.home / "config.toml").write_text(f'{connection}address = "127.0.0.1:{self.port}"\n{trust}\n')
         self._environment = {**_environment(self.home), VARIABLE: str(self.relay), **environment}
-        command = ["flower-superlink", "--simulation", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
-        self._process = self._launch([*command, "--disable-runtime-dependency-installation"])
-        self._wait_until_it_answers(f"http://127.0.0.1:{port}/health")
+        command = ["flower-superlink", *kind, *_identity(self.ca), "--host", "127.0.0.1", "--port", str(self.port)]
+        self._process = self.launch([*command, "--disable-runtime-dependency-installation"], self.home)
+        self._wait_until_it_answers(f"{'https' if self.ca else 'http'}://127.0.0.1:{self.port}/health")
 
-    def _launch(self, command: list[str]) -> subprocess.Popen[bytes]:
-        with (self.home / "output.log").open("wb") as output:
+    def launch(self, command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start a program in `folder`, below `home`, with the SuperLink's variables and `environment`.
+
+        What it prints is in output.log there. Raises EngineError if there is no such program.
+        """
+        with (folder / "output.log").open("wb") as output:
             try:
                 return subprocess.Popen(
                     command,
-                    env=self._environment,
-                    cwd=self.home,
+                    env={**self._environment, **(environment or {})},
+                    cwd=folder,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -103,7 +115,8 @@ class SuperLink:
 
     def _wait_until_it_answers(self, address: str) -> None:
         deadline = time.monotonic() + START_SECONDS
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        trust = ssl.create_default_context(cafile=self.ca)
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust))
         while time.monotonic() < deadline:
             self.check()
             try:
@@ -120,11 +133,24 @@ class SuperLink:
         if self._process is None or self._process.poll() is not None:
             raise EngineError("Flower's SuperLink ended unexpectedly.", tail=self.tail())
 
-    def submit(self, app: Path, federation: Mapping[str, int | float]) -> str:
-        """Start a run of the app folder `app`; returns its id. Raises EngineError if it is refused."""
+    def submit(self, app: Path, federation: Mapping[str, int | float], config: Path | None = None) -> str:
+        """Start a run of the app folder `app`; returns its id. Raises EngineError if it is refused.
+
+        Args:
+            app: the folder.
+            federation: Flower's settings of a simulation; {} for SuperNodes.
+            config: a TOML file with the run config; None: what the app declares.
+        """
         settings = " ".join(f"{key}={value}" for key, value in federation.items())
-        answer = self._flwr("run", str(app), _CONNECTION, "--format", "json", "--federation-config", settings)
+        options = ["--federation-config", settings] if settings else []
+        options += ["--run-config", str(config)] if config else []
+        answer = self._flwr("run", str(app), _CONNECTION, "--format", "json", *options)
         return str(answer["run-id"])
+
+    def online(self) -> int:
+        """How many SuperNodes are connected."""
+        answer = self._flwr("supernode", "list", _CONNECTION, "--format", "json")
+        return sum(node["status"] == "online" for node in answer["nodes"])
 
     def status(self, run: str) -> tuple[str, str]:
         """Status of `run` ('finished:completed' when all went well) and Flower's details about it."""
@@ -185,6 +211,17 @@ class SuperLink:
             end_all(self.home, self._process)
             shutil.rmtree(self.home, ignore_errors=True)
             self._janitor.communicate()
+
+
+def _identity(ca: Path | None) -> list[str]:
+    """Options by which the SuperLink is told who it is; with TLS, a new certificate beside that of its new CA."""
+    if ca is None:
+        return ["--insecure"]
+    authority = Authority.create()
+    server, certificate, key = authority.issue(LOOPBACK), ca.with_name("server.pem"), ca.with_name("server.key")
+    for path, content in ((ca, authority.pair.certificate), (certificate, server.certificate), (key, server.key)):
+        path.write_bytes(content)
+    return ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
 
 
 def _janitor(home: Path) -> subprocess.Popen[bytes]:
@@ -254,7 +291,7 @@ def _short_temporary() -> str:
     return usual if len(usual) <= _LONGEST_TEMPORARY or not os.path.isdir("/tmp") else "/tmp"
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
