@@ -16,7 +16,7 @@ from pathlib import Path
 from fedtune.config import Scalar
 from fedtune.experiments.arms import Arm, Comparison, config_of
 from fedtune.experiments.cells import Cell, Outcome
-from fedtune.link import Link, link_and_work_seconds
+from fedtune.link import Link, link_seconds
 from fedtune.report.table import Row, rows_of
 from fedtune.run_folder import RunFolder
 
@@ -99,7 +99,7 @@ def _rows(one: Planned, cell: Cell, summary: Mapping[str, object], preset: str, 
     metrics = RunFolder.open(cell.folder).read_metrics()
     rows = rows_of(metrics, preset=preset, algorithm=one.arm.algorithm, label=one.arm.label, seed=one.seed)
     peak = summary.get("peak_memory_bytes")
-    on_link = link_and_work_seconds(metrics, link) if link else [None] * len(rows)
+    on_link = link_seconds(metrics, link) if link else [None] * len(rows)
     return [
         replace(row, peak_memory_bytes=int(peak) if isinstance(peak, int) else None, link_seconds=seconds)
         for row, seconds in zip(rows, on_link, strict=True)

@@ -54,7 +54,7 @@ AXES = (
     Axis("loss_by_rounds", "round", lambda row: row.round),
     Axis("loss_by_seconds", "time so far (s)", lambda row: row.seconds),
     Axis("loss_by_cpu_seconds", "CPU time so far (s)", lambda row: row.cpu_seconds),
-    Axis("loss_by_link_seconds", "time so far with the simulated link (s)", lambda row: row.link_seconds),
+    Axis("loss_by_link_seconds", "communication so far on a simulated link (s)", lambda row: row.link_seconds),
 )
 
 

@@ -35,7 +35,7 @@ class Row:
         serialised_bytes: the same as serialised by Flower, cumulative.
         seconds, cpu_seconds: of the run so far, by the clock and by the processor.
         peak_memory_bytes: the most memory that the run had used so far.
-        link_seconds: what the run so far would take with the simulated link, cumulative.
+        link_seconds: what the messages so far would take on a simulated link, cumulative; no computation.
     """
 
     preset: str
