@@ -1,0 +1,239 @@
+"""Cells: runs of an experiment, each made by a process of its own, several at a time, and carried on where they stand.
+
+A process a run, so that memory is freed and GPUs or cores are used in parallel. A cell whose folder is not there is started,
+one whose run is shorter than asked is resumed, one that is finished is only read; so the same call again goes on where the
+last one was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+from fedtune.config import RunConfig
+from fedtune.errors import FedtuneError, Interrupted, RunFolderError
+from fedtune.resume import stored_settings
+from fedtune.run_folder import SUMMARY, RunFolder, replace_file
+
+TAIL = 400  # characters of what a failed process said last
+PATIENCE = 60.0  # seconds that a process gets to end after the step in hand
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: `settings.out` is its folder, `settings.rounds` how far it is to go."""
+
+    name: str
+    settings: RunConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended: its summary (summary.json), or None and the `problem` in a sentence."""
+
+    cell: Cell
+    summary: Mapping[str, Any] | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cell has ended, the `done`-th of `total`."""
+
+    outcome: Outcome
+    done: int
+    total: int
+
+
+def run_cells(cells: Sequence[Cell], *, workers: int = 0, progress: Callable[[Finished], None] | None = None) -> list[Outcome]:
+    """Bring every cell to its `rounds`; outcomes in the order of `cells`. A cell that fails does not end the others.
+
+    Args:
+        workers: processes at a time; 0: as many as there are GPUs (one each), or cores where the device is the CPU.
+        progress: called after each cell, in this thread.
+
+    Raises:
+        RunFolderError: a folder of a cell holds a run with other settings; nothing was started.
+        Interrupted: Ctrl-C; the processes were told to stop after the step in hand, and have ended.
+    """
+    for cell in cells:
+        _refuse_another(cell)
+    places = _places(cells, workers)
+    office = _Office(places)
+    outcomes: dict[str, Outcome] = {}
+    with ThreadPoolExecutor(max(1, min(len(places), len(cells)))) as pool:
+        futures = [pool.submit(office.run, cell) for cell in cells]
+        try:
+            for future in as_completed(futures):
+                outcome = future.result()
+                outcomes[outcome.cell.name] = outcome
+                if progress:
+                    progress(Finished(outcome, len(outcomes), len(cells)))
+        except KeyboardInterrupt:
+            office.close()
+            raise Interrupted("Stopped. What is finished is kept; the same command carries on from there.") from None
+        except BaseException:
+            office.close()
+            raise
+    return [outcomes[cell.name] for cell in cells]
+
+
+def reached(folder: str | Path, rounds: int) -> bool:
+    """Whether the run in `folder` has finished `rounds` rounds, and measured the model after them."""
+    run = RunFolder(Path(folder))
+    if (run.path / SUMMARY).is_file() and int(run.summary()["rounds"]) >= rounds:
+        return True
+    return any(row["round"] > rounds for row in run.read_metrics())
+
+
+# ---------------------------------------------------------------------- processes
+
+
+class _Office:
+    """Runs cells at free places (environments), one process at each, and can end them all."""
+
+    def __init__(self, places: Sequence[Mapping[str, str]]) -> None:
+        self._free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
+        for place in places:
+            self._free.put(place)
+        self._running: set[subprocess.Popen[str]] = set()
+        self._closed, self._lock = Event(), Lock()
+
+    def run(self, cell: Cell) -> Outcome:
+        """Bring `cell` to its end, wait for that, and say how it was."""
+        folder = Path(cell.settings.out)
+        if reached(folder, cell.settings.rounds):
+            return Outcome(cell, _summary(folder))
+        place = self._free.get()
+        try:
+            code, said = self._process(_command(cell, folder), place)
+        finally:
+            self._free.put(place)
+        if code:
+            return Outcome(cell, None, _problem(folder, code, said))
+        return Outcome(cell, _summary(folder))
+
+    def close(self) -> None:
+        """Start nothing any more; ask what runs to stop after the step in hand, and wait for it."""
+        with self._lock:
+            self._closed.set()
+            running = tuple(self._running)
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def _process(self, command: Sequence[str], place: Mapping[str, str]) -> tuple[int, str]:
+        with self._lock:
+            if self._closed.is_set():
+                return 130, "stopped before it began"
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **place},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches it once, from `close`
+            )
+            self._running.add(process)
+        _, said = process.communicate()
+        with self._lock:
+            self._running.discard(process)
+        return process.returncode, said
+
+
+def _command(cell: Cell, folder: Path) -> list[str]:
+    """`fedtune simulate` for a new folder, or `--resume` for one that is there."""
+    program = [sys.executable, "-m", "fedtune.cli", "simulate"]
+    if folder.exists():
+        return [*program, "--resume", str(folder), "--set", f"rounds={cell.settings.rounds}", "--quiet", "--json"]
+    return [*program, str(_written(cell, folder)), "--out", str(folder), "--quiet", "--json"]
+
+
+def _written(cell: Cell, folder: Path) -> Path:
+    """The settings of the cell as a preset beside its folder."""
+    path = folder.with_name(f"{folder.name}.toml")
+    settings = {key: value for key, value in cell.settings.as_mapping().items() if key not in ("out", "resume")}
+    lines = [f"# {cell.name}", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"'{path.parent}' could not be made: {error.strerror}. Give another folder.") from error
+    replace_file(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def _summary(folder: Path) -> Mapping[str, Any]:
+    """summary.json, or nothing where a longer run that was stopped has none."""
+    return RunFolder(folder).summary() if (folder / SUMMARY).is_file() else {}
+
+
+def _problem(folder: Path, code: int, said: str) -> str:
+    """Why a process failed: what the run wrote down, or the end of what the process said."""
+    if (folder / "error.json").is_file():
+        return str(RunFolder(folder).read_json("error.json")["message"])
+    return said.strip().removeprefix("Error: ")[-TAIL:] or f"its process ended with code {code}"
+
+
+# ---------------------------------------------------------------------- what is there
+
+
+def _refuse_another(cell: Cell) -> None:
+    """Raise RunFolderError if the folder of `cell` holds a run with other settings."""
+    folder = Path(cell.settings.out)
+    if not os.path.lexists(folder):
+        return
+    try:
+        before = stored_settings(RunFolder.open(folder))
+    except FedtuneError as error:
+        raise RunFolderError(
+            f"{error} It is in the way of '{cell.name}': move it, or give another folder with --out."
+        ) from error
+    wanted = cell.settings.as_mapping()
+    free = {"out", "resume"} if before.anneal != "none" else {"out", "resume", "rounds"}
+    differing = [key for key, value in before.as_mapping().items() if key not in free and value != wanted[key]]
+    if differing:
+        what = ", ".join(f"{key} = {before.as_mapping()[key]!r} (now {wanted[key]!r})" for key in differing)
+        raise RunFolderError(
+            f"The run in '{folder}' was made with {what}: give another folder with --out, or remove this one.",
+            settings=tuple(differing),
+        )
+
+
+# ---------------------------------------------------------------------- places
+
+
+def _places(cells: Sequence[Cell], workers: int) -> list[Mapping[str, str]]:
+    """The environment of each process that may run at a time: a GPU each in turn where the device is CUDA."""
+    device = cells[0].settings.device if cells else "cpu"
+    gpus = _gpus() if device in ("auto", "cuda") else []
+    alone = device not in ("auto", "cpu", "cuda")  # one named device
+    count = workers or len(gpus) or (1 if alone else _cores())
+    return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {} for number in range(count)]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())]
+    return names[: torch.cuda.device_count()]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
