@@ -144,7 +144,7 @@ def _rate_lines(advice: Advice, config: RunConfig) -> list[str]:
     if advice.clients > 1:
         lines.insert(
             1, f"averaged over {advice.clients} clients {several}: the mean model gains most at {found.averaged.value:.2g} "
-            f"(standard error {found.averaged.error:.1g}), so sweep from the one to the other",
+            f"(standard error {found.averaged.error:.1g}), which is the upper end of a sweep",
         )  # fmt: skip
     return lines
 
@@ -153,9 +153,10 @@ def _unseen_lines(advice: Advice) -> list[str]:
     found = advice.rate
     if not found.bends:
         return ["no recommendation: the curvature is below its noise, so nothing here bounds lr; sweep it"]
+    guess = f"; at a guess {found.step.value:.2g} (standard error {found.step.error:.1g})" if found.step.value > 0 else ""
     return [
-        "no recommendation: the signal is below its noise; measure more (--directions, and --batches, which costs as much and "
-        f"helps more as long as it is below {_most_batches(found.share.value)}), or sweep lr",
+        f"no recommendation: the signal is below its noise{guess}. Measure more (--directions, and --batches, which costs as "
+        f"much and helps more as long as it is below {_most_batches(found.share.value)}), or sweep lr",
         f"upper end of a sweep: {found.ceiling:.2g}, above which one client's best lr hardly is"
         + (f"; up to {advice.clients} times that for the mean of {advice.clients} clients" if advice.clients > 1 else ""),
     ]
@@ -176,4 +177,9 @@ def _steps(advice: Advice, learning_rate: float) -> str:
 
 
 def _measured(found: Measured) -> str:
-    return f"{found.value:.3g} +- {found.error:.1g}"
+    return f"{found.value:.3g} +- {_rounded(found.error)}"
+
+
+def _rounded(value: float) -> str:
+    """Two digits, and no exponent below a million."""
+    return f"{float(f'{value:.2g}'):g}"

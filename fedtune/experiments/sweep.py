@@ -13,13 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedtune.errors import DivergedError
+from fedtune.errors import DivergedError, NonFiniteError
 from fedtune.experiments.cells import Cell, Finished, Outcome, reached, run_cells
 from fedtune.experiments.grid import Combination
 from fedtune.experiments.halving import survivors
 from fedtune.ledger import Ledger
 from fedtune.ledger_file import LEDGER
 from fedtune.run_folder import RunFolder
+
+BLOWN_UP = 2.0
+"""A run whose held-out loss is so many times that of the base model has diverged, finite or not."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Progress:
 
 
 def run_sweep(plan: Plan, *, workers: int = 0, told: Callable[[Progress], None] | None = None) -> list[Result]:
-    """Run, or carry on, the sweep; results best first: longest runs before shorter ones, then by mean loss.
+    """Run, or carry on, the sweep; results best first: longest runs, then sound ones, then by mean loss.
 
     Raises:
         RunFolderError: a folder holds a run with other settings. Interrupted: Ctrl-C; the same call carries on.
@@ -98,11 +101,11 @@ def run_sweep(plan: Plan, *, workers: int = 0, told: Callable[[Progress], None] 
         found = {one.name: _result(plan, one, rounds, problems) for one in alive}
         results |= found
         if rung + 1 < len(plan.rungs):
-            best = survivors({name: result.mean for name, result in found.items()}, plan.keep)
+            best = survivors({name: math.nan if result.stopped else result.mean for name, result in found.items()}, plan.keep)
             results |= {name: _stopped(found[name], len(best), len(alive)) for name in found if name not in best}
-            alive = tuple(one for one in alive if one.name in best)
+            alive = tuple(one for one in alive if one.name in best)  # in the order of the grid
             pace.settle(rung, len(alive))
-    return sorted(results.values(), key=lambda result: (-result.rounds, _comparable(result.mean)))
+    return sorted(results.values(), key=lambda result: (-result.rounds, bool(result.stopped), _comparable(result.mean)))
 
 
 def _climb(plan: Plan, rung: int, alive: Sequence[Combination], workers: int, teller: _Teller) -> dict[str, str]:
@@ -149,12 +152,35 @@ def _result(plan: Plan, combination: Combination, rounds: int, problems: Mapping
     cells = [plan.cell(combination, seed, rounds) for seed in plan.seeds]
     losses = tuple(math.nan if cell.name in problems else loss_after(cell.settings.out, rounds) for cell in cells)
     base = loss_after(cells[0].settings.out, 0)
-    reasons = [
-        f"seed {cell.settings.seed}: {problems.get(cell.name) or f'no finite held-out loss after {rounds} rounds'}"
-        for cell, loss in zip(cells, losses, strict=True)
-        if not math.isfinite(loss)
-    ]
+    found = zip(cells, losses, strict=True)
+    reasons = [f"seed {cell.settings.seed}: {why}" for cell, loss in found if (why := _why(cell, loss, base, problems))]
     return Result(combination, rounds, losses, base if math.isfinite(base) else None, "; ".join(reasons))
+
+
+def _why(cell: Cell, loss: float, base: float, problems: Mapping[str, str]) -> str:
+    """Why a run is not carried on, whatever the others are; "" if nothing is wrong with it."""
+    if cell.name in problems:
+        return problems[cell.name]
+    if not math.isfinite(loss):
+        return f"no finite held-out loss after {cell.settings.rounds} rounds"
+    if loss > BLOWN_UP * base:
+        return f"diverged: held-out loss {loss:.4g} after {cell.settings.rounds} rounds, {base:.4g} before the first"
+    refused = _not_finite(cell)
+    return f"diverged: {refused}" if refused else ""
+
+
+def _not_finite(cell: Cell) -> str:
+    """The reason why the updates of a round were refused, if none was finite; "" if every round had one that was."""
+    folder = Path(cell.settings.out)
+    if not (folder / LEDGER).is_file():
+        return ""
+    with Ledger.open(folder) as ledger:
+        for row in ledger.rounds():
+            reasons = list(row.refused.values())
+            lost = [reason for reason in reasons if reason.startswith(NonFiniteError.__name__)]
+            if lost and len(reasons) == len(row.clients) and row.number <= cell.settings.rounds:
+                return lost[0].removeprefix(f"{NonFiniteError.__name__}: ")
+    return ""
 
 
 def _stopped(result: Result, kept: int, of: int) -> Result:
