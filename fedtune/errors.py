@@ -24,6 +24,7 @@ FedtuneError                     anything below; the command line prints it as o
   DeployError                    the files of a deployment cannot be written or used
   ReportError                    a report, table or figure cannot be made of what is there
     TableError                   a file that is not the table of an experiment, or a damaged one
+  SweepError                     a sweep over settings that cannot be made, or slopes that cannot be measured
   MissingPackageError            an optional package is not installed; says what installs it
   RunError                       the run as a whole
     RunFolderError               the run folder exists, is missing or is not a run folder
@@ -141,6 +142,10 @@ class ReportError(FedtuneError):
 
 class TableError(ReportError):
     """A file that is not the table of an experiment, or a damaged one."""
+
+
+class SweepError(FedtuneError):
+    """A sweep over settings that cannot be made, or slopes that cannot be measured."""
 
 
 class MissingPackageError(FedtuneError):

@@ -17,7 +17,7 @@ from rich.table import Table
 from fedtune.cli.presets import SetOption, find, parse_setting
 from fedtune.errors import RunError
 from fedtune.experiments import arms as experiment
-from fedtune.experiments.cells import Outcome, run_cells
+from fedtune.experiments.cells import Finished, Outcome, run_cells
 from fedtune.experiments.compare import Held, Planned, Result, held_against, plan, results, table
 from fedtune.link import Link
 from fedtune.numbers import in_bytes, in_time
@@ -90,7 +90,7 @@ def compare(
         console.print(ONE_RATE)
     cells = [cell for one in planned for cell in one.cells]
     console.print(f"{len(chosen)} arms x {seeds} seeds: {len(cells)} runs, in {folder}", soft_wrap=True)
-    outcomes = run_cells(cells, workers=workers, done=_said(console, len(cells)))
+    outcomes = run_cells(cells, workers=workers, progress=_said(console))
     rows = table(planned, outcomes, comparison.name, simulated)
     found = results(rows, planned)
     console.print(_as_table(found))
@@ -104,19 +104,19 @@ def compare(
     _end(outcomes, held)
 
 
-def _said(console: Console, total: int) -> Callable[[Outcome], None]:
+def _said(console: Console) -> Callable[[Finished], None]:
     """Prints a line for each run that ends, with the time that is left."""
-    begun, counts = time.monotonic(), {"done": 0, "ran": 0}
+    begun, ran = time.monotonic(), [0]
 
-    def say(outcome: Outcome) -> None:
-        counts["done"] += 1
-        counts["ran"] += outcome.again
-        each = (time.monotonic() - begun) / max(1, counts["ran"])
-        left = f", about {in_time(each * (total - counts['done']))} left" if counts["ran"] and counts["done"] < total else ""
+    def say(finished: Finished) -> None:
+        outcome, left = finished.outcome, finished.total - finished.done
+        ran[0] += outcome.again
+        soon = f", about {in_time((time.monotonic() - begun) / ran[0] * left)} left" if ran[0] and left else ""
         loss = outcome.summary.get("final_loss") if outcome.summary else None
         said = f"held-out loss {loss:.4f}" if isinstance(loss, float) else outcome.problem or "no finite loss"
         note = "" if outcome.again else " (was there)"
-        console.print(f"{counts['done']} of {total}: {outcome.cell.name}: {said}{note}{left}", markup=False, soft_wrap=True)
+        line = f"{finished.done} of {finished.total}: {outcome.cell.name}: {said}{note}{soon}"
+        console.print(line, markup=False, soft_wrap=True)
 
     return say
 

@@ -33,6 +33,7 @@ from fedtune.cli.presets import presets
 from fedtune.cli.report import report
 from fedtune.cli.settings import settings
 from fedtune.cli.simulate import simulate
+from fedtune.cli.sweep import sweep
 from fedtune.cli.worker import worker
 from fedtune.errors import EngineError, FedtuneError, Interrupted
 
@@ -66,6 +67,7 @@ def root(
 
 app.command("simulate")(simulate)
 app.command("compare")(compare)
+app.command("sweep")(sweep)
 app.command("demo")(demo)
 app.command("presets")(presets)
 app.add_typer(data_app, name="data")

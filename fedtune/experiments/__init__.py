@@ -1,1 +1,1 @@
-"""Many runs that belong together: comparisons of algorithms and sweeps over settings."""
+"""Many runs that belong together: comparisons of algorithms, and sweeps over settings."""

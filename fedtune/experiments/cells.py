@@ -1,10 +1,9 @@
-"""Running many runs: each in a process of its own, several at a time, carried on where an earlier call stopped.
+"""Cells: runs of an experiment, each made by a process of its own, several at a time, and carried on where they stand.
 
-The processes are forked from one that has imported everything and touched nothing (multiprocessing's fork server), since
-importing takes longer than a small run does; where a system has none, each starts afresh.
-
-A cell is a run folder with settings. A folder that is finished is not run again, one that was interrupted is resumed by its
-ledger, and one that holds a run with other settings is refused, so nothing is ever overwritten.
+A process a run, so that memory is freed and GPUs or cores are used in parallel. A cell whose folder is not there is started,
+one whose run is shorter than asked is resumed, one that is finished is only read; so the same call again goes on where the
+last one was stopped. The processes are forked from one that has imported everything and touched nothing (multiprocessing's
+fork server), since importing takes longer than a small run does; where a system has none, each starts afresh.
 """
 
 from __future__ import annotations
@@ -12,93 +11,88 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import SimpleQueue
+from threading import Event, Lock
 from typing import Any
-
-import torch
 
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, Interrupted, RunFolderError
-from fedtune.run_folder import CONFIG, RunFolder, replace_file
+from fedtune.resume import stored_settings
+from fedtune.run_folder import SUMMARY, RunFolder, replace_file
 
-GROWING = "rounds"  # may be larger than what the folder has: the run is carried on
-PLACES = ("out", "resume")  # where a run is says nothing about what it is
+TAIL = 400  # characters of what a failed process said last
+STOPPED = 130  # exit code of a process that was told to stop
 PRELOADED = ["fedtune.cli.main", "server.app", "client.app", "simulations.engines.in_process", "transformers.models.llama"]
-KILL_AFTER = 20.0  # seconds that a process has to end after it was asked to
+PATIENCE = 60.0  # seconds that a process gets to end after the step in hand
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: how it is called, and its settings with `out`, its folder."""
+    """One run: `settings.out` is its folder, `settings.rounds` how far it is to go."""
 
     name: str
     settings: RunConfig
 
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        return Path(self.settings.out)
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: the summary of its run, or the problem in one sentence; `again` if it had to run at all."""
+    """How a cell ended: its summary (summary.json), or None and the `problem` in a sentence; `again`: it had to run."""
 
     cell: Cell
-    summary: dict[str, Any] | None
+    summary: Mapping[str, Any] | None
     problem: str = ""
     again: bool = True
 
 
-def run_cells(cells: Sequence[Cell], *, workers: int = 0, done: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
-    """Run what is not finished; the outcomes in the order of `cells`.
+@dataclass(frozen=True)
+class Finished:
+    """A cell has ended, the `done`-th of `total`."""
+
+    outcome: Outcome
+    done: int
+    total: int
+
+
+def run_cells(cells: Sequence[Cell], *, workers: int = 0, progress: Callable[[Finished], None] | None = None) -> list[Outcome]:
+    """Bring every cell to its `rounds`; outcomes in the order of `cells`. A cell that fails does not end the others.
 
     Args:
-        cells: with folders of their own.
-        workers: runs at a time; 0: one a GPU, or one a CPU core.
-        done: called after each cell, one call at a time.
+        workers: processes at a time; 0: as many as there are GPUs (one each), or cores where the device is the CPU.
+        progress: called after each cell, in this thread.
 
     Raises:
-        RunFolderError: a folder holds another run; nothing was started.
-        Interrupted: Ctrl-C, or a request to end; the runs stop after the step in hand, and the same call carries them on.
+        RunFolderError: a folder of a cell holds a run with other settings; nothing was started.
+        Interrupted: Ctrl-C, or a request to end; the processes were told to stop after the step in hand, and have ended.
     """
     for cell in cells:
-        _check(cell)
-    places = _places(workers, cells)
-    running: set[BaseProcess] = set()
-    lock = threading.Lock()
-    found: dict[int, Outcome] = {}
-
-    def work(number: int) -> int:
-        place = places.get()
-        try:
-            found[number] = _run(cells[number], place, running, lock)
-        finally:
-            places.put(place)
-        return number
-
-    with _ending_like_ctrl_c(), ThreadPoolExecutor(places.qsize()) as pool:
-        futures = [pool.submit(work, number) for number in range(len(cells))]
+        _refuse_another(cell)
+    places = _places(cells, workers)
+    office = _Office(places)
+    outcomes: dict[str, Outcome] = {}
+    with _ending_like_ctrl_c(), ThreadPoolExecutor(max(1, min(len(places), len(cells)))) as pool:
+        futures = [pool.submit(office.run, cell) for cell in cells]
         try:
             for future in as_completed(futures):
-                done(found[future.result()])
-        except BaseException as error:
-            for future in futures:
-                future.cancel()
-            _end(running, lock)
-            if isinstance(error, KeyboardInterrupt):
-                raise Interrupted("Stopped; the same command carries on what is not finished.") from None
+                outcome = future.result()
+                outcomes[outcome.cell.name] = outcome
+                if progress:
+                    progress(Finished(outcome, len(outcomes), len(cells)))
+        except KeyboardInterrupt:
+            office.close()
+            raise Interrupted("Stopped. What is finished is kept; the same command carries on from there.") from None
+        except BaseException:
+            office.close()
             raise
-    return [found[number] for number in range(len(cells))]
+    return [outcomes[cell.name] for cell in cells]
 
 
 @contextmanager
@@ -116,60 +110,82 @@ def _ending_like_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _places(workers: int, cells: Sequence[Cell]) -> SimpleQueue[str]:
-    """One entry for each run at a time: the GPU that it may see, or ""."""
-    gpus = torch.cuda.device_count() if any(cell.settings.device in ("auto", "cuda") for cell in cells) else 0
-    count = workers or gpus or os.cpu_count() or 1
-    places: SimpleQueue[str] = SimpleQueue()
-    for number in range(max(1, min(count, len(cells) or 1))):
-        places.put(str(number % gpus) if gpus else "")
-    return places
+def reached(folder: str | Path, rounds: int) -> bool:
+    """Whether the run in `folder` has finished `rounds` rounds, and measured the model after them."""
+    run = RunFolder(Path(folder))
+    if (run.path / SUMMARY).is_file() and int(run.summary()["rounds"]) >= rounds:
+        return True
+    return any(row["round"] > rounds for row in run.read_metrics())
 
 
-def _check(cell: Cell) -> None:
-    """Refuse a folder with another run in it."""
-    if not cell.folder.exists():
-        return
-    stored = RunFolder.open(cell.folder).read_json(CONFIG)["used"]
-    wanted = cell.settings.as_mapping()
-    other = [key for key in wanted if key not in (GROWING, *PLACES) and stored.get(key) != wanted[key]]
-    if other or stored.get(GROWING, 0) > cell.settings.rounds:
-        names = ", ".join(other or [GROWING])
-        raise RunFolderError(f"'{cell.folder}' holds a run with other settings ({names}): give another --out, or remove it.")
+# ---------------------------------------------------------------------- processes
 
 
-def _run(cell: Cell, place: str, running: set[BaseProcess], lock: threading.Lock) -> Outcome:
-    summary = finished(cell)
-    if summary is not None:
-        return Outcome(cell, summary, again=False)
-    arguments, said = _arguments(cell), cell.folder.with_name(f"{cell.folder.name}.log")
-    with lock:
-        process = _start(arguments, said, place)
-        running.add(process)
-    process.join()
-    with lock:
-        running.discard(process)
-    summary = finished(cell) if process.exitcode == 0 else None
-    return Outcome(cell, summary, "" if summary is not None else _last_line(said, process.exitcode or 0))
+class _Office:
+    """Runs cells at free places (environments), one process at each, and can end them all."""
+
+    def __init__(self, places: Sequence[Mapping[str, str]]) -> None:
+        self._free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
+        for place in places:
+            self._free.put(place)
+        self._running: set[BaseProcess] = set()
+        self._closed, self._lock = Event(), Lock()
+
+    def run(self, cell: Cell) -> Outcome:
+        """Bring `cell` to its end, wait for that, and say how it was."""
+        folder = Path(cell.settings.out)
+        if reached(folder, cell.settings.rounds):
+            return Outcome(cell, _summary(folder), again=False)
+        place = self._free.get()
+        try:
+            code = self._process(_arguments(cell, folder), _log(folder), place)
+        finally:
+            self._free.put(place)
+        if code:
+            return Outcome(cell, None, _problem(folder, code))
+        return Outcome(cell, _summary(folder))
+
+    def close(self) -> None:
+        """Start nothing any more; ask what runs to stop after the step in hand, and wait for it."""
+        with self._lock:
+            self._closed.set()
+            running = tuple(self._running)
+        for process in running:
+            process.terminate()
+        until = time.monotonic() + PATIENCE
+        for process in running:
+            process.join(max(0.0, until - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+
+    def _process(self, arguments: Sequence[str], log: Path, place: Mapping[str, str]) -> int:
+        with self._lock:
+            if self._closed.is_set():
+                return STOPPED
+            process = _start(arguments, log, place)
+            self._running.add(process)
+        process.join()
+        with self._lock:
+            self._running.discard(process)
+        return process.exitcode or 0
 
 
-def _start(arguments: Sequence[str], said: Path, place: str) -> BaseProcess:
-    """A new process of `fedtune` with these arguments; what it prints goes to the file `said`."""
+def _start(arguments: Sequence[str], log: Path, place: Mapping[str, str]) -> BaseProcess:
+    """A new process of `fedtune` with these arguments; what it prints goes to the file `log`."""
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(PRELOADED)
-    process: BaseProcess = context.Process(target=_child, args=(list(arguments), str(said), place))
+    process: BaseProcess = context.Process(target=_child, args=(list(arguments), str(log), dict(place)))
     process.start()
     return process
 
 
-def _child(arguments: list[str], said: str, place: str) -> None:
+def _child(arguments: list[str], log: str, place: dict[str, str]) -> None:
     """What a process does. It has no terminal: Ctrl-C there is for the one that waits, which asks this one to end."""
     os.setsid()
-    if place:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place
-    with open(said, "w", encoding="utf-8", buffering=1) as file:
+    os.environ.update(place)
+    with open(log, "w", encoding="utf-8", buffering=1) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
         from fedtune.cli.main import main
@@ -177,46 +193,95 @@ def _child(arguments: list[str], said: str, place: str) -> None:
         main(arguments)
 
 
-def finished(cell: Cell) -> dict[str, Any] | None:
-    """The summary of a run that has all its rounds; None if it has to run, or run on."""
+def _log(folder: Path) -> Path:
+    """Beside the folder of a cell: what its process printed last."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def _arguments(cell: Cell, folder: Path) -> list[str]:
+    """`fedtune simulate` for a new folder, or `--resume` for one that is there."""
+    if folder.exists():
+        return ["simulate", "--resume", str(folder), "--set", f"rounds={cell.settings.rounds}", "--quiet", "--json"]
+    return ["simulate", str(_written(cell, folder)), "--out", str(folder), "--quiet", "--json"]
+
+
+def _written(cell: Cell, folder: Path) -> Path:
+    """The settings of the cell as a preset beside its folder."""
+    path = folder.with_name(f"{folder.name}.toml")
     try:
-        summary = RunFolder.open(cell.folder).summary()
-    except FedtuneError:
-        return None
-    return summary if summary.get("rounds") == cell.settings.rounds else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"'{path.parent}' could not be made: {error.strerror}. Give another folder.") from error
+    replace_file(path, as_toml(cell.settings, cell.name).encode())
+    return path
 
 
-def _arguments(cell: Cell) -> list[str]:
-    """What runs the cell, or carries it on."""
-    if cell.folder.exists():
-        return ["simulate", "--resume", str(cell.folder), "--set", f"rounds={cell.settings.rounds}", "--quiet", "--json"]
-    preset = cell.folder.with_name(f"{cell.folder.name}.toml")
-    preset.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(preset, as_toml(cell.settings).encode())
-    return ["simulate", str(preset), "--out", str(cell.folder), "--quiet", "--json"]
+def as_toml(settings: RunConfig, title: str = "") -> str:
+    """The settings as a flat preset, without their folder."""
+    kept = {key: value for key, value in settings.as_mapping().items() if key not in ("out", "resume")}
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in kept.items()]
+    return "\n".join([*([f"# {title}"] if title else []), *lines, ""])
 
 
-def as_toml(settings: RunConfig) -> str:
-    """The settings as a flat preset, without the folder."""
-    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.as_mapping().items() if key not in PLACES]
-    return "\n".join([*lines, ""])
+def _summary(folder: Path) -> Mapping[str, Any]:
+    """summary.json, or nothing where a longer run that was stopped has none."""
+    return RunFolder(folder).summary() if (folder / SUMMARY).is_file() else {}
 
 
-def _last_line(said: Path, code: int) -> str:
-    """Why a run failed: the last line that it printed."""
-    text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1].removeprefix("Error: ") if lines else f"The run ended with code {code} and said nothing ('{said}')."
+def _problem(folder: Path, code: int) -> str:
+    """Why a process failed: what the run wrote down, or the end of what the process said."""
+    if (folder / "error.json").is_file():
+        return str(RunFolder(folder).read_json("error.json")["message"])
+    log = _log(folder)
+    said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else ""
+    return said.removeprefix("Error: ")[-TAIL:] or f"its process ended with code {code}"
 
 
-def _end(running: set[BaseProcess], lock: threading.Lock) -> None:
-    """Let the processes stop after the step in hand; kill those that do not."""
-    with lock:
-        ending = list(running)
-    for process in ending:
-        process.terminate()
-    until = time.monotonic() + KILL_AFTER
-    for process in ending:
-        process.join(max(0.0, until - time.monotonic()))
-        if process.is_alive():
-            process.kill()
+# ---------------------------------------------------------------------- what is there
+
+
+def _refuse_another(cell: Cell) -> None:
+    """Raise RunFolderError if the folder of `cell` holds a run with other settings."""
+    folder = Path(cell.settings.out)
+    if not os.path.lexists(folder):
+        return
+    try:
+        before = stored_settings(RunFolder.open(folder))
+    except FedtuneError as error:
+        raise RunFolderError(
+            f"{error} It is in the way of '{cell.name}': move it, or give another folder with --out."
+        ) from error
+    wanted = cell.settings.as_mapping()
+    free = {"out", "resume"} if before.anneal != "none" else {"out", "resume", "rounds"}
+    differing = [key for key, value in before.as_mapping().items() if key not in free and value != wanted[key]]
+    if differing:
+        what = ", ".join(f"{key} = {before.as_mapping()[key]!r} (now {wanted[key]!r})" for key in differing)
+        raise RunFolderError(
+            f"The run in '{folder}' was made with {what}: give another folder with --out, or remove this one.",
+            settings=tuple(differing),
+        )
+
+
+# ---------------------------------------------------------------------- places
+
+
+def _places(cells: Sequence[Cell], workers: int) -> list[Mapping[str, str]]:
+    """The environment of each process that may run at a time: a GPU each in turn where the device is CUDA."""
+    device = cells[0].settings.device if cells else "cpu"
+    gpus = _gpus() if device in ("auto", "cuda") else []
+    alone = device not in ("auto", "cpu", "cuda")  # one named device
+    count = workers or len(gpus) or (1 if alone else _cores())
+    return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {} for number in range(count)]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())]
+    return names[: torch.cuda.device_count()]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -96,7 +96,7 @@ def table(planned: Iterable[Planned], outcomes: Sequence[Outcome], preset: str, 
 
 
 def _rows(one: Planned, cell: Cell, summary: Mapping[str, object], preset: str, link: Link | None) -> list[Row]:
-    metrics = RunFolder.open(cell.folder).read_metrics()
+    metrics = RunFolder.open(cell.settings.out).read_metrics()
     rows = rows_of(metrics, preset=preset, algorithm=one.arm.algorithm, label=one.arm.label, seed=one.seed)
     peak = summary.get("peak_memory_bytes")
     on_link = link_seconds(metrics, link) if link else [None] * len(rows)

@@ -28,7 +28,7 @@ def test_the_plan_has_a_run_for_each_arm_and_seed_and_for_local_one_for_each_cli
     assert [(one.arm.name, one.seed, len(one.cells)) for one in planned] == [
         ("fedkseed", 0, 1), ("local", 0, 4), ("fedkseed", 1, 1), ("local", 1, 4),
     ]  # fmt: skip
-    folders = [cell.folder for one in planned for cell in one.cells]
+    folders = [cell.settings.out for one in planned for cell in one.cells]
     assert len(set(folders)) == len(folders)
     assert {cell.settings.only_client for cell in planned[1].cells} == {"0", "1", "2", "3"}
     assert {cell.settings.local_steps for cell in planned[1].cells} == {5}  # half the clients are asked: half the steps
@@ -56,7 +56,7 @@ def test_results_are_means_over_seeds_and_local_is_the_mean_over_clients(tmp_pat
     for one in planned:
         for number, cell in enumerate(one.cells):
             losses = [3.0, 2.0, 1.0 + one.seed + number]
-            outcomes.append(Outcome(cell, _finished(cell.folder, losses, 100 if one.arm.name == "fedkseed" else 0)))
+            outcomes.append(Outcome(cell, _finished(Path(cell.settings.out), losses, 100 if one.arm.name == "fedkseed" else 0)))
     rows = table(planned, outcomes, "made-up", None)
     assert len(rows) == 4 * 3
     last = [row for row in rows if row.label == "local only" and row.round == 2]

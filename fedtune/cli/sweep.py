@@ -1,0 +1,147 @@
+"""`fedtune sweep`: which learning rate, K, steps or eps, by runs that are stopped early, or by measuring slopes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedtune.cli import presets
+from fedtune.cli.presets import PresetArgument, SetOption
+from fedtune.cli.sweep_table import advice_lines, as_mapping, closing_lines, csv_of, progress_line, results_table
+from fedtune.config import RunConfig
+from fedtune.experiments.grid import Axis, grid
+from fedtune.experiments.halving import rungs as rungs_of
+from fedtune.experiments.halving import why_no_early_stop
+from fedtune.experiments.sweep import Plan, Result, run_sweep
+from fedtune.methods import ZEROTH_ORDER
+from fedtune.run_folder import dated, replace_file
+
+DIRECTIONS, BATCHES = 32, 8
+
+OverOption = Annotated[
+    list[str],
+    typer.Option(
+        "--over", "-o", metavar="KEY=VALUE,VALUE,...", help="A setting and the values to try; may be given again.",
+        show_default=False,
+    ),
+]  # fmt: skip
+
+
+def sweep(
+    preset: PresetArgument,
+    over: OverOption = [],  # noqa: B006 (typer reads the default and never changes it)
+    settings: SetOption = [],  # noqa: B006
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination, with seeds in a row.")] = 1,
+    out: Annotated[
+        str,
+        typer.Option("--out", metavar="DIR", help="Folder of the runs [dim](default: runs/sweep-PRESET-DATE-TIME)[/dim]; "
+                     "one that is there is carried on.", show_default=False),
+    ] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one a GPU, or one a core.")] = 0,
+    rungs: Annotated[int, typer.Option(min=1, help="Stages of early stop; 1: all combinations run all rounds.")] = 3,
+    keep: Annotated[float, typer.Option(help="Share of the combinations that a stage carries on.")] = 0.5,
+    measure: Annotated[bool, typer.Option("--measure", help="Only measure slopes and recommend an lr; no runs.")] = False,
+    directions: Annotated[int, typer.Option(min=2, help="Directions along which slopes are measured.")] = DIRECTIONS,
+    batches: Annotated[int, typer.Option(min=2, help="Batches measured along each direction.")] = BATCHES,
+    as_json: Annotated[bool, typer.Option("--json", help="Results as the last line of stdout; progress on stderr.")] = False,
+) -> None:  # fmt: skip
+    """Try several values of settings, drop the worse ones early, and say which to use.
+
+    [bold]fedtune sweep my.toml --measure[/bold]   a learning rate from measured slopes, without a run (zeroth order)
+
+    [bold]fedtune sweep my.toml --over lr=1e-5,3e-5,1e-4 --out runs/lr[/bold]   again the same line: carries it on
+
+    [bold]fedtune sweep my.toml --over lr=1e-5,1e-4 --over K=1024,4096 --seeds 3 --set rounds=40[/bold]
+
+    [bold]fedtune sweep my.toml --over eps=1e-4,5e-4 --over local_steps=50,200 --rungs 1[/bold]   without early stop
+
+    All combinations run a quarter of the rounds, the better half of them half, and the better half of these all (--rungs,
+    --keep). Every run is an ordinary run folder. docs/experiments.md explains the numbers.
+    """
+    console = Console(stderr=as_json, highlight=False)
+    chosen = presets.choose(preset, settings)
+    axes = [_axis(text) for text in over]
+    if measure:
+        _only_measure(chosen.config, axes, directions, batches, console, as_json)
+        return
+    _refuse_twice(axes, settings)
+    plan = _plan(chosen, axes, seeds, rungs, keep, out, console)
+    if chosen.config.algorithm in ZEROTH_ORDER and any(axis.key == "lr" for axis in axes):
+        _measured(chosen.config, directions, batches, console)
+    results = _run(plan, workers, console)
+    command = f"fedtune simulate {shlex.quote(preset)}" + "".join(f" --set {shlex.quote(text)}" for text in settings)
+    replace_file(plan.out / "sweep.csv", csv_of(plan, results))
+    console.print(results_table(results))
+    _say(console, [*closing_lines(plan, results, command), f"Runs and sweep.csv: {plan.out}"])
+    if as_json:
+        print(json.dumps([as_mapping(plan, result) for result in results]))
+    if not any(not result.stopped for result in results):
+        raise typer.Exit(1)
+
+
+def _axis(text: str) -> Axis:
+    """`lr=1e-5,3e-5` as a setting and its values."""
+    key, equals, values = text.partition("=")
+    if not equals or not key.strip() or not all(value.strip() for value in values.split(",")):
+        raise typer.BadParameter(f"--over takes KEY=VALUE,VALUE,..., not '{text}'")
+    return Axis(key.strip(), tuple(presets.parse_setting(f"{key}={value}")[1] for value in values.split(",")))
+
+
+def _refuse_twice(axes: list[Axis], settings: list[str]) -> None:
+    fixed = {presets.parse_setting(text)[0] for text in settings}
+    for axis in axes:
+        if axis.key in fixed:
+            raise typer.BadParameter(f"'{axis.key}' is both in --set and in --over: leave one of them away")
+
+
+def _plan(chosen: presets.Chosen, axes: list[Axis], seeds: int, rungs: int, keep: float, out: str, console: Console) -> Plan:
+    config = chosen.config
+    combinations = tuple(grid(config, axes))
+    reason = next((why for one in combinations if (why := why_no_early_stop(one.settings))), "")
+    if reason and rungs > 1:
+        _say(console, [reason])
+    plan = Plan(
+        combinations=combinations,
+        seeds=tuple(range(config.seed, config.seed + seeds)),
+        rungs=rungs_of(config.rounds, 1 if reason else rungs, keep),
+        keep=keep,
+        out=Path(out or dated(f"sweep-{chosen.label}")),
+    )
+    ends = ", ".join(map(str, plan.rungs))
+    runs = f"{len(combinations)} combinations x {seeds} seeds" if seeds > 1 else f"{len(combinations)} combinations"
+    _say(console, [f"{runs}, compared after {ends} of {config.rounds} rounds, in {plan.out}"])
+    return plan
+
+
+def _run(plan: Plan, workers: int, console: Console) -> list[Result]:
+    return run_sweep(plan, workers=workers, told=lambda progress: _say(console, [progress_line(plan, progress)]))
+
+
+def _only_measure(config: RunConfig, axes: list[Axis], directions: int, batches: int, console: Console, as_json: bool) -> None:
+    if axes:
+        raise typer.BadParameter("--measure runs nothing, so there is nothing to sweep: leave --over or --measure away")
+    found = _measured(config, directions, batches, console)
+    if as_json:
+        print(json.dumps(found))
+
+
+def _measured(config: RunConfig, directions: int, batches: int, console: Console) -> dict[str, object]:
+    """Measure, print the recommendation, and return it as JSON types."""
+    from dataclasses import asdict
+
+    from fedtune.experiments.slopes import advise
+
+    console.print(f"measuring slopes along {directions} directions on {batches} batches each", style="dim")
+    advice = advise(config, directions, batches)
+    _say(console, advice_lines(advice, config))
+    return {**asdict(advice), "seen": advice.rate.seen, "largest": advice.rate.largest}
+
+
+def _say(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
