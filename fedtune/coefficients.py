@@ -26,6 +26,8 @@ I32 = npt.NDArray[np.int32]
 Whole = npt.NDArray[np.signedinteger[Any]]
 EXACT_SUM = 2**24  # the largest whole number up to which float32 counts exactly
 MIN_EXPONENT, MAX_EXPONENT = -120, 100  # sums of coefficients stay normal float32 numbers
+COARSE_BITS = 8  # with fewer bits, large coefficients are cut off where that leaves less error
+FINER = 6  # halvings of the grid that are tried
 WIDE_BITS = 8  # bits that a coefficient without sums may have above 24
 
 
@@ -88,6 +90,10 @@ def summable(pool: Pool, q: I32, exponents: I32) -> bool:
 def quantise(pool: Pool, values: F64, bits: int) -> PoolCoefficients:
     """Round `values` to the finest grid that `bits` per coefficient and exact float32 sums allow, block by block.
 
+    With fewer than COARSE_BITS one large coefficient would make the grid too coarse for all others, so a finer one that leaves
+    less squared error is taken, and what is larger than its largest number is sent as that. The server accumulates the exact
+    values, so what is cut off is not lost.
+
     Args:
         pool: whose coefficients they are.
         values: float64 [L, K].
@@ -115,9 +121,29 @@ def quantise(pool: Pool, values: F64, bits: int) -> PoolCoefficients:
             if np.abs(rounded).max() <= limit and (pool.disjoint or np.abs(rounded).sum() <= EXACT_SUM):
                 break
             exponent += 1
+        if bits < COARSE_BITS:
+            rounded, exponent = _least_error(row, rounded, exponent, limit)
         q[block] = rounded.astype(np.int32)
         exponents[block] = exponent if rounded.any() else 0
     return PoolCoefficients(pool, q.astype(_narrowest(bits)), exponents)
+
+
+def _least_error(row: F64, rounded: F64, exponent: int, limit: int) -> tuple[F64, int]:
+    """A grid up to FINER steps finer, cut off at `limit`, that leaves the least squared error; the coarsest of equals."""
+    best = rounded, exponent, _error(row, rounded, exponent)
+    for finer in range(exponent - 1, max(exponent - FINER, MIN_EXPONENT) - 1, -1):
+        cut = np.clip(np.rint(np.ldexp(row, -finer)), -limit, limit)
+        error = _error(row, cut, finer)
+        if np.abs(cut).sum() > EXACT_SUM:
+            break
+        if error < best[2]:
+            best = cut, finer, error
+    return best[:2]
+
+
+def _error(row: F64, rounded: F64, exponent: int) -> float:
+    """The squared error that a rounding leaves, the same on every machine (no sum whose order is open)."""
+    return math.fsum(np.square(np.ldexp(rounded, exponent) - row).tolist())
 
 
 def _narrowest(bits: int) -> type[np.signedinteger[Any]]:
