@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedtune import wire
@@ -136,8 +137,17 @@ def _down(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
     more = (pool.size - small.size) * config.coefficient_bits * layout.blocks
     shape = (layout.blocks, small.size)
     state = State(0, (), small, np.zeros(shape), algorithm.statistics(*shape))
-    instruction = first_instruction(config, algorithm, layout, state, full_pool(state))
+    pool_in_use = _asked_for(full_pool(state), config, algorithm.counts(state, config, layout))
+    instruction = first_instruction(config, algorithm, layout, state, pool_in_use)
     return len(wire.encode_instruction(instruction, config.coefficient_bits)) + -(-more // 8)
+
+
+def _asked_for(pool: PoolCoefficients, config: RunConfig, counts: npt.NDArray[np.int64]) -> PoolCoefficients:
+    """What of a full pool can be in use: where each round has its own and the server chooses, the leading `counts` of a block."""
+    if not counts.size or config.pool_every != 1:
+        return pool
+    used = np.arange(pool.pool.size) < counts[:, None]
+    return replace(pool, q=pool.q * used.astype(pool.q.dtype))
 
 
 def _up(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:

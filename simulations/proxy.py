@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 CHUNK = 1 << 16  # bytes read at a time
 WAIT_SECONDS = 10.0  # for the proxy's own thread to answer
+HELLO, CHANGE_CIPHER = b"\x16", b"\x14"  # first bytes of what a client sends in a handshake of TLS 1.3
+FINISHED = 200  # more bytes than its second part has without a request behind it (80)
 
 T = TypeVar("T")
 _REQUEST = re.compile(rb"(?:GET|POST|PUT|HEAD|DELETE) (\S+) HTTP/1\.[01]\r\n")
@@ -61,19 +63,21 @@ class Counts:
 
 
 class _Connection:
-    """Splits what passes through one connection into exchanges."""
+    """Splits what passes through one connection into exchanges; the handshake of TLS belongs to the first request."""
 
     def __init__(self, counts: Counts) -> None:
         self._counts, self._number = counts, counts.connections
         self._exchange: Exchange | None = None
+        self._greeting = False  # a handshake began, and its request is still to come
         counts.connections += 1
 
     def sent(self, data: bytes) -> None:
         """Bytes to the server; after an answer they begin the next exchange."""
-        if self._exchange is None or self._exchange.down:
+        if self._exchange is None or (self._exchange.down and not self._greeting):
             request = _REQUEST.match(data)
             self._begin(request[1].decode("ascii", "replace") if request else "")
         assert self._exchange is not None
+        self._greeting = data[:1] == HELLO or (data[:1] == CHANGE_CIPHER and len(data) < FINISHED)
         self._exchange.up += len(data)
         self._exchange.ended = time.time()
 
