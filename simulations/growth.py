@@ -31,6 +31,10 @@ METHODS: dict[str, dict[str, Scalar]] = {
     "fedkseed-pro, a fresh pool a round": {"algorithm": "fedkseed-pro", "local_steps": 200, "pool_every": 1},
     "ferret, one pool": {"algorithm": "ferret"},
     "ferret, a fresh pool a round": {"algorithm": "ferret", "pool_every": 1},
+    "ferret, 8 bits, one pool": {"algorithm": "ferret", "scalar_bits": 8},
+    "ferret, 8 bits, a fresh pool a round": {"algorithm": "ferret", "scalar_bits": 8, "pool_every": 1},
+    "ferret, 4 bits, one pool": {"algorithm": "ferret", "scalar_bits": 4},
+    "ferret, 4 bits, a fresh pool a round": {"algorithm": "ferret", "scalar_bits": 4, "pool_every": 1},
 }
 
 
@@ -93,17 +97,20 @@ def _payloads(run: Path) -> list[int]:
     from fedtune.ledger import Ledger
 
     with Ledger.open(run) as ledger:
-        return [row.bytes_up for row in ledger.rounds()]
+        return [row.total.payload_up for row in ledger.rounds()]
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(prog="python -m simulations.growth", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--only", default="", help="methods whose name has this in it")
     chosen = parser.parse_args()
     print(f"K = {K}, {ASKED} of {CLIENTS} clients a round, {chosen.rounds} rounds; kB that a round adds\n")
     print("| method | held by Python and numpy | process | ledger | an update |\n|---|---|---|---|---|")
     for name, method in METHODS.items():
+        if chosen.only not in name:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found = measure(method, chosen.rounds, Path(folder))
         figures = (found.held, found.process, found.ledger, found.update)

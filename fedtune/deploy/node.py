@@ -9,10 +9,11 @@ from fedtune.deploy.plan import Plan
 from fedtune.deploy.scripts import script
 
 _SUPERNODE = script(
-    "The SuperNode: it asks the server for work; nothing from the network reaches it. The key says who it is.",
+    "The SuperNode: it asks the server for work; nothing from the network reaches it. The key says who it is. "
+    "client.supernode is Flower's own with shorter waits (docs/worker.md).",
     """\
 cd "$here/work"
-exec flower-supernode --superlink "$SERVER" --root-certificates "$here/ca.pem" \\
+exec python3 -P -m client.supernode --superlink "$SERVER" --root-certificates "$here/ca.pem" \\
     --auth-supernode-private-key "$here/node.key" --host 127.0.0.1 --port "$RUNTIME_PORT" \\
     --node-config \\
     "client-id=\\"$CLIENT_ID\\" model=\\"$MODEL\\" data=\\"$DATA\\" device=\\"$DEVICE\\" worker=\\"${WORKER:-auto}\\""

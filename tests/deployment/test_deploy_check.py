@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -192,12 +194,35 @@ def test_a_kind_of_key_that_flower_refuses(node: Path) -> None:
         ("SERVER", "fl.example.org", "server", "host:port"),
         ("RUNTIME_PORT", "many", "runtime port", "is not a port"),
         ("BIN", "/nowhere", "programs", "Set BIN"),
+        ("BIN", "/usr/bin", "programs", "has no flwr-clientapp"),
         ("CLIENT_ID", 'a"b', "settings", "has a quote"),
     ],
 )
 def test_a_setting_of_a_node_that_is_wrong(node: Path, setting: str, value: str, check: str, said: str) -> None:
     change(node / "node.env", **{setting: value})
     assert said in problems(check_deployment(node))[check]
+
+
+def test_a_python_without_fedtune(node: Path, tmp_path: Path) -> None:
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o700)
+    change(node / "node.env", BIN=str(tmp_path))
+    assert "cannot import client.supernode" in problems(check_deployment(node))["SuperNode"]
+
+
+def test_who_has_the_runtime_port(node: Path, listener: socket.socket) -> None:
+    port = str(listener.getsockname()[1])
+    change(node / "node.env", RUNTIME_PORT=port)
+    [finding] = [finding for finding in check_deployment(node) if finding.check == "runtime port"]
+    assert finding.state is State.warning
+    sleeper = "import time; print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", sleeper, "client.supernode", "--port", port], stdout=subprocess.PIPE) as it:
+        assert it.stdout is not None
+        it.stdout.readline()
+        [finding] = [finding for finding in check_deployment(node) if finding.check == "runtime port"]
+        it.kill()
+    assert finding.state is State.ok
+    assert f"process {it.pid}" in finding.text
 
 
 def test_data_without_rows(node: Path, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_check_finds_nothing_wrong(federation: Federation, capsys: pytest.Captur
     texts = [finding["text"] for finding in found["findings"]]
     assert sum("refuses a call without signature" in text for text in texts) == 3
     assert sum("(the server's)" in text for text in texts) == 3  # the weights
+    assert sum("is used by the SuperNode, process" in text for text in texts) == 2
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +101,14 @@ def test_a_run_ends_like_its_simulation(federation: Federation, tmp_path: Path) 
 def test_a_killed_proxy_comes_back(federation: Federation) -> None:
     """While it is away, SuperNodes try again; none of them ends."""
     loopback = federation.loopback
-    before = [process_of(loopback.node(name), b"flower-supernode") for name in NODES]
+    before = [process_of(loopback.node(name), b"client.supernode") for name in NODES]
     killed = process_of(loopback.server, b"nginx: master")
     os.kill(killed, signal.SIGKILL)
     assert wait_until(lambda: "proxy.sh ended with exit code 137" in loopback.says(loopback.server))
     assert wait_until(lambda: all(finding.state == "ok" for finding in server_from_here(loopback.place)))
     assert process_of(loopback.server, b"nginx: master") != killed
-    time.sleep(4)  # a SuperNode asks every 3 s
-    assert [process_of(loopback.node(name), b"flower-supernode") for name in NODES] == before
+    time.sleep(4)  # a SuperNode without work asks every 3 s
+    assert [process_of(loopback.node(name), b"client.supernode") for name in NODES] == before
     listed = json.loads(loopback.call("flwr.sh", "supernode", "list", "deployment", "--format", "json").stdout)
     assert sum(node["status"] == "online" for node in listed["nodes"]) == len(NODES)
 
@@ -118,7 +119,7 @@ def test_a_killed_supernode_comes_back_and_the_run_ends(federation: Federation) 
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(loopback.run, federation.preset("killed", rounds=8))
         assert wait_until(lambda: len(federation.rows("killed")) > 1, RUN_SECONDS), "round 1 did not end"
-        killed = process_of(node, b"flower-supernode")
+        killed = process_of(node, b"client.supernode")
         os.kill(killed, signal.SIGKILL)
         done = running.result()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -126,5 +127,5 @@ def test_a_killed_supernode_comes_back_and_the_run_ends(federation: Federation) 
     assert len(rows) == 1 + 8
     assert rows[-1]["refused"] == {}
     assert rows[-1]["clients"] == ["0", "1"]
-    assert process_of(node, b"flower-supernode") != killed
+    assert process_of(node, b"client.supernode") != killed
     assert "supernode.sh ended with exit code 137; next start in 3 s" in loopback.says(node)

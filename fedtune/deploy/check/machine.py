@@ -1,9 +1,12 @@
-"""The machine: packages with the versions that this fedtune needs, Flower's programs, disk space, the device."""
+"""The machine: packages with the versions that this fedtune needs, Flower's programs, disk space, the SuperNode, the device."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +17,7 @@ from fedtune.deploy.check.findings import Finding, good, warn, wrong
 from fedtune.errors import ModelError
 
 LEAST_FREE, FEW_FREE = 1 << 30, 5 << 30  # bytes
+SUPERNODE = "client.supernode"  # supernode.sh starts it
 _SHOWN = ("fedtune", "flwr", "torch", "transformers")
 
 
@@ -50,9 +54,7 @@ def _unmet(line: str) -> str:
 
 def programs(settings: Mapping[str, str], names: Sequence[str]) -> Iterator[Finding]:
     """The programs that the scripts start, where the scripts look for them: BIN, then the PATH."""
-    chosen = settings.get("BIN", "")
-    places = [chosen] if chosen else []
-    path = os.pathsep.join([*places, os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin"])
+    chosen, path = settings.get("BIN", ""), _path(settings)
     for name in names:
         found = shutil.which(name, path=path)
         if found is None:
@@ -62,6 +64,36 @@ def programs(settings: Mapping[str, str], names: Sequence[str]) -> Iterator[Find
             yield wrong("programs", f"BIN = '{chosen}' has no {name}; {found} would be started.", _SET_BIN)
         else:
             yield good("programs", found)
+
+
+def _path(settings: Mapping[str, str]) -> str:
+    """As in environment.sh."""
+    chosen = settings.get("BIN", "")
+    places = [chosen] if chosen else []
+    return os.pathsep.join([*places, os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin"])
+
+
+def supernode(settings: Mapping[str, str]) -> Finding:
+    """Whether the python3 of the scripts has the module that is a node's SuperNode."""
+    python = shutil.which("python3", path=_path(settings)) or "python3"
+    try:
+        done = subprocess.run([python, "-P", "-c", f"import {SUPERNODE}"], capture_output=True, timeout=60, check=False)
+        missing = done.returncode != 0
+    except (OSError, subprocess.TimeoutExpired):
+        missing = True
+    if missing:
+        return wrong("SuperNode", f"{python} cannot import {SUPERNODE}, which supernode.sh starts.", _SET_BIN)
+    return good("SuperNode", f"{python} -m {SUPERNODE}")
+
+
+def supernode_at(port: int) -> int:
+    """The process id of a SuperNode on this machine with runtime port `port`; 0 if none is seen (Linux)."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if SUPERNODE in words and ["--port", str(port)] in map(list, itertools.pairwise(words)):
+                return int(path.parent.name)
+    return 0
 
 
 _SET_BIN = "Set BIN in the .env file to the bin folder of the environment that has fedtune."

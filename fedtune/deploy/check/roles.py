@@ -119,7 +119,8 @@ def check_node(folder: Path) -> Iterator[Finding]:
     """Everything about a node's machine."""
     values = settings.read(folder / settings.NODE_ENV)
     yield from machine.packages()
-    yield from machine.programs(values, ["flower-supernode"])
+    yield from machine.programs(values, ["python3", "flower-superexec", "flwr-clientapp"])
+    yield machine.supernode(values)
     yield machine.disk(folder)
     yield machine.device(values.get("DEVICE", ""))
     yield from files.keys(folder, ["node.key"])
@@ -152,9 +153,11 @@ def _runtime_port(text: str) -> Finding:
         return wrong("runtime port", f"RUNTIME_PORT = '{text}' is not a port.", _SCRIPT)
     if network.port_free("127.0.0.1", int(text)) is None:
         return good("runtime port", f"{text} is free; the SuperNode does not run yet.")
+    if number := machine.supernode_at(int(text)):
+        return good("runtime port", f"{text} is used by the SuperNode, process {number}.")
     return Finding(
         "runtime port",
         State.warning,
-        f"Port {text} is in use: by this node's SuperNode if it runs, else by another program.",
+        f"Port {text} is in use by a program that is not seen to be this node's SuperNode.",
         "If the SuperNode cannot start, give it another RUNTIME_PORT in node.env.",
     )
