@@ -143,7 +143,7 @@ def _down(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
 
 
 def _asked_for(pool: PoolCoefficients, config: RunConfig, counts: npt.NDArray[np.int64]) -> PoolCoefficients:
-    """What of a full pool can be in use: with a pool a round and counts that the server chose, the leading ones of a block."""
+    """What of a full pool can be in use: the leading `counts` of each block where the server chooses them for a fresh pool."""
     if not counts.size or config.pool_every != 1:
         return pool
     used = np.arange(pool.pool.size) < counts[:, None]

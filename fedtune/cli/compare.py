@@ -29,7 +29,7 @@ ComparisonArgument = Annotated[
     str,
     typer.Argument(
         metavar="PRESET",
-        help="A TOML file or a name from [bold]fedtune presets[/bold]; it may have tables [arms.NAME] (docs/experiments.md).",
+        help="A TOML file or a name from [bold]fedtune presets[/bold]; it may have tables [arms.NAME] (docs/comparisons.md).",
         show_default=False,
     ),
 ]

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.algorithms import ALGORITHMS
 from fedtune.config import RunConfig, Scalar, read_setting
 from fedtune.errors import ConfigError
 from fedtune.methods import FIRST_ORDER, OWNERS, ZEROTH_ORDER
@@ -126,7 +125,7 @@ def _named(text: str, known: Mapping[str, Arm]) -> Arm:
 def _arm(name: str, table: Mapping[str, Any]) -> Arm:
     settings = dict(table)
     algorithm = str(settings.pop("algorithm", name))
-    if algorithm not in ALGORITHMS:
-        raise ConfigError(f"There is no algorithm '{algorithm}' for arm '{name}': {', '.join(ALGORITHMS)}.", arm=name)
-    label = str(settings.pop("label", LABELS.get(algorithm, algorithm)))
+    if algorithm not in LABELS:
+        raise ConfigError(f"There is no algorithm '{algorithm}' for arm '{name}': {', '.join(LABELS)}.", arm=name)
+    label = str(settings.pop("label", LABELS[algorithm]))
     return Arm(name, algorithm, label, settings)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.algorithms import ALGORITHMS
 from fedtune.cli.presets import shipped
 from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, ContradictionError
-from fedtune.experiments.arms import Comparison, choose, config_of, load, one_rate_for_all
+from fedtune.experiments.arms import LABELS, Comparison, choose, config_of, load, one_rate_for_all
 
 TEXT = """
 rounds = 3
@@ -94,3 +95,7 @@ def test_the_comparisons_that_ship_are_valid(name: str) -> None:
     samples = {config.local_steps * config.batch_size * config.accumulate for config in configs}
     assert len(samples) == 1, "equal numbers of local samples"
     assert len({(config.rounds, config.clients, config.asked_per_round, config.partition) for config in configs}) == 1
+
+
+def test_every_algorithm_has_a_label() -> None:
+    assert LABELS.keys() == ALGORITHMS.keys()
