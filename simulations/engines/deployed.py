@@ -19,7 +19,7 @@ from simulations.engines.flower_app import config_lines
 from simulations.engines.superlink import SuperLink, free_port
 from simulations.proxy import CountingProxy
 
-ONLINE_SECONDS = 180.0  # until every SuperNode is connected; ten on an idle machine
+ONLINE_SECONDS = 180.0  # until every SuperNode is connected
 POLL_SECONDS = 0.5
 
 
