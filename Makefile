@@ -1,8 +1,8 @@
 # `make demo` sets everything up and trains; `make test` sets everything up and checks. Both can be run again at any time.
 #
 #   make demo                            environment, then two federated runs on the embedded model (CPU, a minute)
-#   make test                            environment, then ruff, mypy and every test that needs no GPU and no deployment
-#   make test-deployment                 environment, then the tests that start deployments and kill processes
+#   make test                            environment, then ruff, mypy and the tests, but for those of the next line and for GPUs
+#   make test-deployment                 environment, then the tests that start deployments, kill processes or train for minutes
 #   make clean                           remove the environment and the caches; runs/ stays
 #
 # On Linux, PyPI's torch brings CUDA (gigabytes). Without a GPU, the small build does:
@@ -31,8 +31,8 @@ test: check
 	@$(BIN)/python -m pytest -q -m "not gpu and not deployment and not faults and not long" -n 2 --dist worksteal
 
 test-deployment: $(VENV)/.stamp-dev
-	@echo "== tests of deployments and of processes that die (nginx is needed: apt install nginx-light)"
-	@$(BIN)/python -m pytest -q -m "(deployment or faults) and not gpu"
+	@echo "== tests of deployments, of processes that die, and long ones (nginx is needed: apt install nginx-light)"
+	@$(BIN)/python -m pytest -q -m "(deployment or faults or long) and not gpu"
 
 check: $(VENV)/.stamp-dev
 	@echo "== ruff"

@@ -43,7 +43,7 @@ def test_the_headline_of_ferret_at_most(shared: Path) -> None:
     assert longest(config) == 4_490 <= FERRET
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("preset", "more", "up", "most"),
     [
