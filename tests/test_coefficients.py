@@ -73,7 +73,7 @@ def test_a_pool_of_zeros_does_not_change_the_digest() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
-@pytest.mark.parametrize("outlier", [1.0, 60.0])
+@pytest.mark.parametrize("outlier", [1.0, 20.0])
 def test_a_coarse_grid_is_the_one_with_the_least_error(bits: int, outlier: float) -> None:
     """Against every power of two by brute force; one large coefficient does not make all others zero."""
     row = np.append(np.random.default_rng(5).normal(size=1023), outlier)

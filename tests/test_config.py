@@ -10,7 +10,7 @@ import pytest
 from fedtune.config import RunConfig, expand
 from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
 
-PRESETS = sorted(Path("simulations").rglob("*.toml"))
+PRESETS = sorted(path for path in Path("simulations").rglob("*.toml") if path.parent.name != "comparisons")
 
 
 @pytest.mark.parametrize(
