@@ -73,6 +73,7 @@ def measure(preset: str, config: RunConfig, *, tls: bool, idle: float, say: Call
         say(f"starting a SuperLink and {config.clients} SuperNodes")
         deployed = Deployed(config.clients, tls=tls)
         try:
+            bundle = bundle_size(deployed.app)
             begun = time.time()
             say(f"{idle:g} s without work, for what polling weighs")
             _rest(idle)
@@ -85,7 +86,7 @@ def measure(preset: str, config: RunConfig, *, tls: bool, idle: float, say: Call
             say("ending all processes")
             deployed.close()
     times = Times(begun, submitted, round_starts(out / "log.jsonl"))
-    return _measured(preset, config, tls, times, exchanges, bundle_size(deployed.app))
+    return _measured(preset, config, tls, times, exchanges, bundle)
 
 
 def _measured(

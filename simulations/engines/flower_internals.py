@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from pathlib import Path
 
 from flwr.app import Error, Message
@@ -77,4 +78,6 @@ def bundle_size(app: Path) -> int:
     """Bytes of the bundle that `flwr run` makes of the app folder `app`."""
     from flwr.cli.build import build_fab_from_disk
 
-    return len(build_fab_from_disk(app))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flower names its patterns in an old way
+        return len(build_fab_from_disk(app))

@@ -194,7 +194,7 @@ def test_a_kind_of_key_that_flower_refuses(node: Path) -> None:
         ("SERVER", "fl.example.org", "server", "host:port"),
         ("RUNTIME_PORT", "many", "runtime port", "is not a port"),
         ("BIN", "/nowhere", "programs", "Set BIN"),
-        ("BIN", "/usr/bin", "programs", "has no flwr-clientapp"),
+        ("BIN", "/usr/bin", "programs", "flwr-clientapp"),
         ("CLIENT_ID", 'a"b', "settings", "has a quote"),
     ],
 )
