@@ -156,7 +156,7 @@ def test_an_empty_round_leaves_the_state(settings: Callable[..., RunConfig]) -> 
     assert outcome.digests[2] == outcome.digests[1]
     assert outcome.digests[3] != outcome.digests[2]
     assert len(outcome.refused) == settings().invited_per_round
-    assert all("no answer within 0.5 s" in problem for problem in outcome.refused.values())
+    assert all("no answer within 1.5 s" in problem for problem in outcome.refused.values())
 
 
 # ---------------------------------------------------------------------------------------------------- law 4
