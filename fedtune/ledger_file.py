@@ -15,6 +15,7 @@ from fedtune.only_one import OnlyOne
 LEDGER, LOCK = "ledger.sqlite", "ledger.lock"
 APPLICATION, FORMAT = 0x46544C47, 2  # "FTLG"
 BUSY_SECONDS = 10.0
+PAGE = 2048  # bytes; an update of 4,096 coordinates leaves less of its last page empty than with SQLite's 4,096
 
 SCHEMA = (
     "CREATE TABLE header (id INTEGER PRIMARY KEY CHECK (id = 1), created TEXT NOT NULL, versions TEXT NOT NULL, "
@@ -61,6 +62,7 @@ def begin(path: Path) -> sqlite3.Connection:
     """A new file with empty tables."""
     connection = sqlite3.connect(path, isolation_level=None)
     for statement in (
+        f"PRAGMA page_size = {PAGE}",  # before anything is written
         f"PRAGMA application_id = {APPLICATION}",
         f"PRAGMA user_version = {FORMAT}",
         "PRAGMA journal_mode = WAL",

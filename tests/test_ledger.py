@@ -27,7 +27,7 @@ from fedtune.errors import (
 )
 from fedtune.layout import Layout
 from fedtune.ledger import Header, Ledger, Round, Used
-from fedtune.ledger_file import FORMAT, LEDGER
+from fedtune.ledger_file import FORMAT, LEDGER, PAGE
 from fedtune.replay import Rules, read_update, restore, snapshot_of
 from fedtune.seeds import Stream
 from fedtune.traffic import Traffic
@@ -371,9 +371,8 @@ def test_a_checkpoint_that_was_torn_anywhere_loses_nothing(run: tuple[Ledger, Ru
     old, frames = ledger.path.read_bytes(), log.read_bytes()
     ledger.close()
     new = ledger.path.read_bytes()
-    page = 4096
-    assert len(frames) > 10 * page
-    for done in range(0, len(new) + 1, page // 2):
+    assert len(frames) > 10 * PAGE
+    for done in range(0, len(new) + 1, PAGE // 2):
         folder = tmp_path / "torn"
         folder.mkdir()
         (folder / LEDGER).write_bytes(new[:done] + old[done:])
@@ -392,8 +391,9 @@ def test_a_checkpoint_that_was_torn_anywhere_loses_nothing(run: tuple[Ledger, Ru
         (RunConfig(algorithm="fedkseed", K=4096, local_steps=200), 10, 0),
         (RunConfig(algorithm="fedkseed-pro", K=4096, local_steps=200, pool_every=1), 10, 0),
         (RunConfig(algorithm="ferret", K=4096, pool_size=4096, blocks="one", pool_every=1), 5, 4096),
+        (RunConfig(algorithm="ferret", K=4096, pool_size=4096, blocks="one", pool_every=1, scalar_bits=8), 10, 4096),
     ],
-    ids=["fedkseed", "fedkseed-pro-fresh", "ferret"],
+    ids=["fedkseed", "fedkseed-pro-fresh", "ferret", "ferret-8-bits"],
 )
 def test_a_round_adds_less_than_64_kilobytes_at_4096_seeds(config: RunConfig, clients: int, most: int, tmp_path: Path) -> None:
     ledger, rules = begin(tmp_path / "run", config)

@@ -21,7 +21,7 @@ import pytest
 
 import fedtune.ledger_file
 
-WAL_HEADER, WAL_FRAME = 32, 24 + 4096  # bytes of a write-ahead log (SQLite's file format, section 4), pages of 4096
+WAL_HEADER, WAL_FRAME = 32, 24 + fedtune.ledger_file.PAGE  # bytes of a write-ahead log (SQLite's file format, section 4)
 
 
 @dataclass
