@@ -71,9 +71,9 @@ def compare(
 
     [bold]fedtune compare demo_ferret --algorithms ferret,fedavg,fedkseed:lr=3e-5 --seeds 3[/bold]
 
-    [bold]fedtune compare compare_embedded --out runs/all[/bold]   the same again carries on what is not finished
+    [bold]fedtune compare comparisons/embedded --out runs/all[/bold]   the same again carries on what is not finished
 
-    [bold]fedtune compare compare_embedded --against simulations/results/embedded.csv[/bold]
+    [bold]fedtune compare comparisons/headline --against simulations/results/headline.csv[/bold]
 
     Every run is an ordinary run folder, which fedtune report and fedtune ledger read.
     """
