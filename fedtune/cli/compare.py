@@ -81,7 +81,7 @@ def compare(
     comparison = experiment.load(find(preset))
     chosen = experiment.choose(comparison, algorithms)
     overrides = dict(parse_setting(text) for text in settings)
-    first = int(str(overrides.get("seed", comparison.common.get("seed", 0))))
+    first = experiment.config_of(comparison, chosen[0], overrides).seed
     folder = Path(out or dated(comparison.name))
     simulated = Link.parse(link) if link else None
     planned = plan(comparison, chosen, overrides, range(first, first + seeds), folder)

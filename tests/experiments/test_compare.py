@@ -110,3 +110,21 @@ def test_the_command_writes_a_table_and_figures_and_repeats_nothing(
     assert ended.value.code in (0, None), said
     assert said.count("(was there)") == 2
     assert said.count("(agrees;") == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--set", "seed=abc"], "Setting 'seed' = 'abc'"),
+        (["--against", "nothing.csv"], "'nothing.csv' cannot be read"),
+        (["--link", "5g"], "'5g' is no link"),
+    ],
+)
+def test_what_cannot_be_compared_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], text: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "comparisons/embedded", "--out", str(tmp_path / "out"), *more])
+    assert ended.value.code == 1
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
