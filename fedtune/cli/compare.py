@@ -121,7 +121,7 @@ def _said(console: Console) -> Callable[[Finished], None]:
     return say
 
 
-HEADS = ("seeds", "held-out loss", "±", "up", "down", "whole run", "CPU time", "peak memory")
+HEADS = ("seeds", "held-out\nloss", "±", "up", "down", "whole\nrun", "CPU\ntime", "peak\nmemory")
 CAPTION = "up, down: payload of a client and round; ±: standard deviation over seeds"
 
 
@@ -141,17 +141,21 @@ def _cells(result: Result) -> list[str]:
 
 def _as_table(found: Sequence[Result]) -> Table:
     view = Table(box=None, pad_edge=False, caption=CAPTION)
-    view.add_column("", no_wrap=True)
+    view.add_column("")  # the one that wraps where the terminal is narrow
     for name in HEADS:
-        view.add_column(name, justify="right")
+        view.add_column(name, justify="right", no_wrap=True)
     for result in found:
-        view.add_row(result.label, *(cell.replace(" ", "\u00a0") for cell in _cells(result)))  # heads wrap, numbers do not
+        view.add_row(result.label, *_cells(result))
     return view
 
 
 def _as_markdown(found: Sequence[Result]) -> str:
     """The same for a document."""
-    lines = [["", *HEADS], ["---", *("---:" for _ in HEADS)], *([result.label, *_cells(result)] for result in found)]
+    lines = [
+        ["", *(head.replace("\n", " ") for head in HEADS)],
+        ["---", *("---:" for _ in HEADS)],
+        *([result.label, *_cells(result)] for result in found),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{CAPTION}\n"
 
 
