@@ -7,7 +7,7 @@ A comparison is a preset, or a preset with tables:
     lr = 1e-2
     [arms.short]
     algorithm = "fedkseed"
-    label = "FedKSeed, 4 bits"     # what tables and figures call it
+    label = "FedKSeed, 4 bits"     # what tables and figures call it; "FedKSeed (short)" without this line
     coefficient_bits = 4
 
 On the command line an arm is NAME or NAME:key=value:key=value.
@@ -77,17 +77,19 @@ def choose(comparison: Comparison, wanted: str) -> tuple[Arm, ...]:
     """The arms that `wanted` names, with commas between; "" for all of the file.
 
     Raises:
-        ConfigError: an arm that is neither in the file nor an algorithm, the same one twice, or none at all.
+        ConfigError: an arm that is neither in the file nor an algorithm, the same one or the same label twice, or no arm.
     """
     if not wanted:
         if not comparison.arms:
             raise ConfigError("Say what to compare: --algorithms fedkseed,ferret,fedavg, or tables [arms.NAME] in the file.")
+        _each_has_a_label_of_its_own(comparison.arms)
         return comparison.arms
     known = {arm.name: arm for arm in comparison.arms}
     arms = tuple(_named(text.strip(), known) for text in wanted.split(","))
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise ConfigError(f"--algorithms names an arm twice: {', '.join(names)}.")
+    _each_has_a_label_of_its_own(arms)
     return arms
 
 
@@ -111,6 +113,16 @@ def one_rate_for_all(arms: Sequence[Arm]) -> bool:
     return any(name in FIRST_ORDER for name in plain) and any(name in ZEROTH_ORDER for name in plain)
 
 
+def _each_has_a_label_of_its_own(arms: Sequence[Arm]) -> None:
+    """Tables and figures tell arms apart by their labels only."""
+    for place, arm in enumerate(arms):
+        for other in arms[:place]:
+            if other.label == arm.label:
+                raise ConfigError(
+                    f"Arms '{other.name}' and '{arm.name}' have the same label, '{arm.label}': change one.", arm=arm.name
+                )
+
+
 def _named(text: str, known: Mapping[str, Arm]) -> Arm:
     """An arm of the command line: "fedavg", or "fedkseed:K=4096:lr=1e-5"."""
     name, *settings = text.split(":")
@@ -127,5 +139,5 @@ def _arm(name: str, table: Mapping[str, Any]) -> Arm:
     algorithm = str(settings.pop("algorithm", name))
     if algorithm not in LABELS:
         raise ConfigError(f"There is no algorithm '{algorithm}' for arm '{name}': {', '.join(LABELS)}.", arm=name)
-    label = str(settings.pop("label", LABELS[algorithm]))
-    return Arm(name, algorithm, label, settings)
+    usual = LABELS[algorithm] if name == algorithm else f"{LABELS[algorithm]} ({name})"
+    return Arm(name, algorithm, str(settings.pop("label", usual)), settings)

@@ -184,6 +184,7 @@ def _start(arguments: Sequence[str], log: Path, place: Mapping[str, str]) -> Bas
 def _child(arguments: list[str], log: str, place: dict[str, str]) -> None:
     """What a process does. It has no terminal: Ctrl-C there is for the one that waits, which asks this one to end."""
     os.setsid()
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
     os.environ.update(place)
     with open(log, "w", encoding="utf-8", buffering=1) as file:
         for stream in (1, 2):
@@ -191,6 +192,14 @@ def _child(arguments: list[str], log: str, place: dict[str, str]) -> None:
         from fedtune.cli.main import main
 
         main(arguments)
+
+
+def _end_with_the_caller() -> None:
+    """Stop after the step in hand when the process that asked for this run is gone, also if it was killed."""
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        caller.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _log(folder: Path) -> Path:

@@ -64,6 +64,19 @@ def test_what_cannot_be_compared(comparison: Comparison, wanted: str, text: str)
         choose(comparison, wanted)
 
 
+def test_arms_with_one_algorithm_are_told_apart(tmp_path: Path) -> None:
+    """Tables and figures group by label: two arms with one label would be drawn as one."""
+    path = tmp_path / "rates.toml"
+    path.write_text("[arms.ferret]\n[arms.fast]\nalgorithm = 'ferret'\n")
+    assert [arm.label for arm in choose(load(path), "")] == ["Ferret", "Ferret (fast)"]
+    path.write_text("[arms.ferret]\n[arms.fast]\nalgorithm = 'ferret'\nlabel = 'Ferret'\n")
+    with pytest.raises(ConfigError, match="'ferret' and 'fast' have the same label"):
+        choose(load(path), "")
+    with pytest.raises(ConfigError, match="'ferret' and 'fast' have the same label"):
+        choose(load(path), "ferret,fast")
+    assert [arm.name for arm in choose(load(path), "fast")] == ["fast"]
+
+
 def test_an_arm_with_a_setting_of_another_algorithm_is_named(comparison: Comparison) -> None:
     (arm,) = choose(comparison, "fedavg:K=64:eps=0.1")
     with pytest.raises(ContradictionError, match=r"^Arm 'fedavg_K-64_eps-0.1': eps belongs to"):
