@@ -91,10 +91,7 @@ class Address:
         self.path.unlink(missing_ok=True)
 
     def publish(self, port: int, token: str) -> None:
-        """Let forwarders in: restrict the socket to its owner, or write port and token."""
-        if self.kind == "unix":
-            self.path.chmod(0o600)
-            return
+        """Let forwarders in who have no Unix sockets: write port and token."""
         new = self.path.with_suffix(f".{secrets.token_hex(4)}")
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

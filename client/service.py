@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -203,8 +204,10 @@ class Service:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name in ("", SERVICE):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        port = self._server.add_insecure_port(f"unix:{address.path}" if address.kind == "unix" else "127.0.0.1:0")
-        address.publish(port, token)
+        with _files_of_this_user_alone():  # a forwarder may look at the socket as soon as it is there
+            port = self._server.add_insecure_port(f"unix:{address.path}" if address.kind == "unix" else "127.0.0.1:0")
+        if address.kind == "tcp":
+            address.publish(port, token)
         self._mark = _mark(address.path)
         self._server.start()
 
@@ -231,6 +234,16 @@ class Service:
         if _mark(self.address.path) == self._mark:
             self.address.path.unlink(missing_ok=True)
         return done
+
+
+@contextmanager
+def _files_of_this_user_alone() -> Iterator[None]:
+    """Files and sockets that the process makes meanwhile have mode 600 from their first moment."""
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _mark(path: Path) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc._server import _Server
 from flwr.app import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -204,6 +205,20 @@ def test_nothing_is_sent_where_others_may_listen(
     with pytest.raises(WorkerAccessError, match=text):
         Forwarder(one.address, settings, "1", 5.0).introduce(WHO)
     assert one.servicer.jobs.finished == 0
+
+
+def test_a_socket_is_its_owners_from_its_first_moment(service: MakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forwarder may look as soon as it is there, and refuses one that others can open."""
+    found, bind = [], _Server.add_insecure_port
+
+    def bound(server: grpc.Server, place: str) -> int:
+        port: int = bind(server, place)
+        found.append(stat.S_IMODE(Path(place.removeprefix("unix:")).stat().st_mode))
+        return port
+
+    monkeypatch.setattr(_Server, "add_insecure_port", bound)
+    service()
+    assert found == [0o600]
 
 
 def test_another_users_socket_is_refused(service: MakeService, monkeypatch: pytest.MonkeyPatch) -> None:

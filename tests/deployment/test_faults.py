@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,7 @@ def eventful(federation: Federation) -> Iterator[Eventful]:
             for name, machine in (("liar", liar), ("late", late)):
                 loopback.stop(machine)
                 loopback.call("remove.sh", name)
+                shutil.rmtree(machine)
 
 
 def online(loopback: Loopback) -> int:
