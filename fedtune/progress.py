@@ -25,12 +25,15 @@ class Note:
 
 @dataclass(frozen=True)
 class RunStarted:
+    """`parameters` are those that are tuned; `base_parameters` those of the base model, of which adapters are a few more."""
+
     algorithm: str
     rounds: int
     clients: int
     clients_per_round: int
     local_steps: int
     parameters: int
+    base_parameters: int
     out: str
 
 

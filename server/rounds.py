@@ -113,6 +113,7 @@ class Run:
                 config.invited_per_round,
                 config.client_steps,
                 parameters,
+                base_size(here.replica.model),
                 config.out,
             )
         )

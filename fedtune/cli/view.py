@@ -115,7 +115,7 @@ class RunView:
     @property
     def fedavg(self) -> int:
         """What FedAvg would have moved for the finished rounds."""
-        return fedavg_bytes(self.started.parameters, sum(row.messages_down for row in self.rows)) if self.started else 0
+        return fedavg_bytes(self.started.base_parameters, sum(row.messages_down for row in self.rows)) if self.started else 0
 
     @property
     def doing(self) -> str:

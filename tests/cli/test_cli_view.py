@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from playback import metrics
 from rich.console import Console
@@ -13,7 +14,7 @@ from fedtune.cli.rows import RoundRow
 from fedtune.cli.view import RunView
 from fedtune.progress import ClientFinished, ClientStep, EvaluationStep, Event, Note, RoundFinished, RoundStarted, RunStarted
 
-STARTED = RunStarted("ferret", 4, 8, 2, 10, 1_000_000, "runs/x")
+STARTED = RunStarted("ferret", 4, 8, 2, 10, 1_000_000, 1_000_000, "runs/x")
 
 
 class Clock:
@@ -82,6 +83,8 @@ def test_bytes_are_added_and_compared_with_fedavg() -> None:
         RoundFinished(2, metrics(2, ("1", "2"))),
     )
     assert view.payload == 4 * 1100
+    assert view.fedavg == 4 * 8_000_000
+    view.started = replace(STARTED, parameters=8)  # adapters: FedAvg would send the whole model all the same
     assert view.fedavg == 4 * 8_000_000
 
 

@@ -12,7 +12,7 @@ from simulations.engines import relay
 
 EVENTS = [
     progress.Note("device: cpu (no GPU)", warning=True),
-    progress.RunStarted("ferret", 3, 8, 4, 50, 260_000, "/run"),
+    progress.RunStarted("ferret", 3, 8, 4, 50, 260_000, 260_000, "/run"),
     progress.RoundStarted(1, ("0", "3")),
     progress.ClientStep("3", 2, 50, 4.25),
     progress.ClientFinished(1, "3", "non-finite"),
