@@ -13,8 +13,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc._server import _Server
 from flwr.app import Message
+from grpc._server import _Server
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from client import forwarder as forwarding
