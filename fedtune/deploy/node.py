@@ -12,6 +12,7 @@ _SUPERNODE = script(
     "The SuperNode: it asks the server for work; nothing from the network reaches it. The key says who it is. "
     "client.supernode is Flower's own with shorter waits (docs/worker.md).",
     """\
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.25  # seconds until a message that came is worked on; Flower's own is 1
 cd "$here/work"
 exec python3 -P -m client.supernode --superlink "$SERVER" --root-certificates "$here/ca.pem" \\
     --auth-supernode-private-key "$here/node.key" --host 127.0.0.1 --port "$RUNTIME_PORT" \\

@@ -15,7 +15,6 @@ umask 077
 . "$here/{settings}"
 export FLWR_HOME="$here/flwr"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
-export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1  # seconds until a message that came is worked on; Flower's own is 1
 export RAY_USAGE_STATS_ENABLED=0 PYTHONUNBUFFERED=1
 export PATH="${{BIN:+$BIN:}}$PATH:/usr/local/sbin:/usr/sbin"
 mkdir -p "$FLWR_HOME" "$here/work"

@@ -69,7 +69,7 @@ def as_flower(node: Path) -> None:
     """Have the node's scripts start Flower's program, with Flower's settings."""
     for name, ours, theirs in (
         ("supernode.sh", "python3 -P -m client.supernode", "flower-supernode"),
-        ("environment.sh", "export FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "#"),
+        ("supernode.sh", "export FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "#"),
     ):
         path = node / name
         text = path.read_text()
