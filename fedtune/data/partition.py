@@ -6,6 +6,7 @@ file; categories are looked up by row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ class Partition:
 def split_heldout(categories: Mapping[int, str], config: RunConfig) -> tuple[list[int], list[int]]:
     """(training rows, held-out rows) of one file, by `holdout_category` or at random by `holdout`.
 
+    Where each client has a category of its own, a random choice leaves one row of every category to train on.
+
     Args:
         categories: usable row -> category.
 
@@ -65,6 +68,8 @@ def split_heldout(categories: Mapping[int, str], config: RunConfig) -> tuple[lis
     else:
         size = max(1, round(config.holdout * len(rows))) if config.holdout > 0 and rows else 0
         heldout = [rows[i] for i in Stream(config.seed, "partition", "heldout").subset(len(rows), size)]
+        if config.partition == "column":  # how many clients there can be must not depend on the seed
+            heldout = _leaving_one_of_each(heldout, categories)
     chosen = set(heldout)
     training = [row for row in rows if row not in chosen]
     if not heldout:
@@ -72,6 +77,14 @@ def split_heldout(categories: Mapping[int, str], config: RunConfig) -> tuple[lis
     if not training:
         raise EmptyClientError("All usable rows are held out and none is left to train on: lower holdout or give more rows.")
     return training, heldout
+
+
+def _leaving_one_of_each(heldout: Sequence[int], categories: Mapping[int, str]) -> list[int]:
+    """`heldout` without the first row of each category of which nothing else would be left to train on."""
+    there = Counter(categories.values())
+    emptied = {name for name, count in Counter(categories[row] for row in heldout).items() if count == there[name]}
+    spared = {min(row for row in heldout if categories[row] == name) for name in emptied}
+    return [row for row in heldout if row not in spared]
 
 
 def partition(categories: Mapping[int, str], config: RunConfig) -> Clients:

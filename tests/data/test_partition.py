@@ -148,6 +148,17 @@ def test_heldout_share_is_a_random_subset_of_that_size() -> None:
     assert heldout != split_heldout(labelled(200), config("iid", holdout=0.1, seed=1))[1]
 
 
+def test_how_many_clients_by_column_there_can_be_does_not_depend_on_what_is_held_out() -> None:
+    categories = {**labelled(60), 1001: "alone", 1003: "pair", 1005: "pair"}
+    for seed in range(40):
+        training, heldout = split_heldout(categories, config("column", holdout=0.5, seed=seed))
+        assert {categories[row] for row in training} == set(categories.values())
+        anyhow = split_heldout(categories, config("iid", holdout=0.5, seed=seed))[1]
+        assert set(heldout) <= set(anyhow)  # spared rows are the only difference
+        assert len(anyhow) - len(heldout) <= 2
+        assert 1001 not in heldout
+
+
 def test_heldout_category_is_held_out_whole() -> None:
     categories = labelled(200)
     training, heldout = split_heldout(categories, config("iid", holdout_category="class 2"))
