@@ -35,7 +35,8 @@ def play(config: RunConfig, rounds: int | None = None) -> dict[str, object]:
     """The events of a run of `config`, its run folder and its summary, with made-up losses."""
     folder = RunFolder.create(config.out, config.as_mapping(), config)
     clients = tuple(str(number) for number in range(config.asked_per_round))
-    emit(RunStarted(config.algorithm, config.rounds, config.clients, len(clients), config.local_steps, PARAMETERS, config.out))
+    who = (config.algorithm, config.rounds, config.clients, len(clients), config.local_steps)
+    emit(RunStarted(*who, PARAMETERS, PARAMETERS, config.out))
     emit(EvaluationStep("loss", 1, 2))
     emit(RoundFinished(0, metrics(0, ())))
     for number in range(1, (config.rounds if rounds is None else rounds) + 1):
