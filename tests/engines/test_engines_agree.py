@@ -66,6 +66,7 @@ def test_a_failing_server_gives_its_own_error(small, tmp_path, homes):
     assert there.value.facts["tail"]
 
 
+@pytest.mark.faults
 def test_a_runtime_that_cannot_start_its_workers_is_an_engine_error(small, homes, monkeypatch):
     too_much = {"client-resources-num-cpus": 8, "init-args-num-cpus": 1}
     monkeypatch.setattr(flower._Device, "resources", lambda self, workers, asked: too_much)
@@ -74,6 +75,7 @@ def test_a_runtime_that_cannot_start_its_workers_is_an_engine_error(small, homes
     assert caught.value.facts["tail"]
 
 
+@pytest.mark.faults
 def test_a_request_to_stop_ends_everything(small, tmp_path, homes):
     def stop_in_first_round(event: progress.Event) -> None:
         if isinstance(event, progress.RoundFinished):
@@ -88,6 +90,7 @@ def test_a_request_to_stop_ends_everything(small, tmp_path, homes):
     assert 1 <= len(rows) < 1000
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_everything(small, tmp_path, homes, number):
     config = small("out", rounds=1000)
