@@ -14,7 +14,6 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 
-SLOW := (deployment or faults or long) and not gpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 $(PIP_FLAGS)
 
@@ -33,9 +32,7 @@ test: check
 
 test-deployment: $(VENV)/.stamp-dev
 	@echo "== tests of deployments, of processes that die, and long ones (nginx is needed: apt install nginx-light)"
-	@$(BIN)/python -m pytest -q -m "$(SLOW)" || { \
-		echo "== once more what failed: a busy machine can be too slow for it"; \
-		$(BIN)/python -m pytest -q -m "$(SLOW)" --last-failed --last-failed-no-failures none; }
+	@$(BIN)/python -m pytest -q -m "(deployment or faults or long) and not gpu"
 
 check: $(VENV)/.stamp-dev
 	@echo "== ruff"

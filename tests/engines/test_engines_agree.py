@@ -112,7 +112,6 @@ def test_signals_end_everything(small, tmp_path, homes, number):
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(600)  # two runs of Flower with Ray: a minute and a half on two idle cores
 def test_a_caller_that_is_killed_leaves_nothing_and_a_resume_ends_the_same(small, tmp_path, homes):
     """kill -9 of `fedtune simulate --engine flower` in the middle of a round; `--resume --engine flower` carries it on."""
     expected = run_in_process(small("here", rounds=4, local_steps=40))
