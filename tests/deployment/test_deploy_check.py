@@ -56,7 +56,7 @@ def problems(findings: list[Finding]) -> dict[str, str]:
 
 @pytest.fixture
 def network(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
-    """What is said about a server that shows `pair`, answers by `answer` and is `ahead` seconds behind this clock, which stands."""
+    """What is said about a server that shows `pair`, answers by `answer` and `ahead` seconds behind a clock that stands."""
     now = float(int(time.time()))  # HTTP's date has whole seconds
     monkeypatch.setattr("fedtune.deploy.check.network.time", SimpleNamespace(time=lambda: now))
 
