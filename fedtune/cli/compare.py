@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.cli.presets import SetOption, find, parse_setting
-from fedtune.errors import RunError
+from fedtune.errors import ConfigError, RunError
 from fedtune.experiments import arms as experiment
 from fedtune.experiments.cells import Finished, Outcome, run_cells
 from fedtune.experiments.compare import Held, Planned, Result, held_against, plan, results, table
@@ -86,6 +86,10 @@ def compare(
     simulated = Link.parse(link) if link else None
     planned = plan(comparison, chosen, overrides, range(first, first + seeds), folder)
     before = tidy.read(Path(against)) if against else []
+    shared = {(row.label, row.seed) for row in before} & {(one.arm.label, one.seed) for one in planned}
+    if against and not shared:
+        there = ", ".join(dict.fromkeys(row.label for row in before))
+        raise ConfigError(f"'{against}' has no run of these arms and seeds to hold results against; its arms: {there}.")
     if experiment.one_rate_for_all(chosen):
         console.print(ONE_RATE)
     cells = [cell for one in planned for cell in one.cells]

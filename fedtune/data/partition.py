@@ -70,6 +70,11 @@ def split_heldout(categories: Mapping[int, str], config: RunConfig) -> tuple[lis
         heldout = [rows[i] for i in Stream(config.seed, "partition", "heldout").subset(len(rows), size)]
         if config.partition == "column":  # how many clients there can be must not depend on the seed
             heldout = _leaving_one_of_each(heldout, categories)
+            if size and not heldout:
+                raise EmptyClientError(
+                    'Only rows that are the last of their category were drawn for evaluation, and partition = "column" keeps '
+                    "those: raise holdout, or use holdout_category or holdout_file."
+                )
     chosen = set(heldout)
     training = [row for row in rows if row not in chosen]
     if not heldout:

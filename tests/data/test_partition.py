@@ -159,6 +159,11 @@ def test_how_many_clients_by_column_there_can_be_does_not_depend_on_what_is_held
         assert 1001 not in heldout
 
 
+def test_a_holdout_of_rows_without_others_of_their_category_says_so() -> None:
+    with pytest.raises(EmptyClientError, match=r"the last of their category .* raise holdout, or use holdout_category"):
+        split_heldout({row: f"class {row}" for row in range(20)}, config("column", holdout=0.2))
+
+
 def test_heldout_category_is_held_out_whole() -> None:
     categories = labelled(200)
     training, heldout = split_heldout(categories, config("iid", holdout_category="class 2"))

@@ -112,12 +112,16 @@ def test_the_command_writes_a_table_and_figures_and_repeats_nothing(
     assert said.count("(agrees;") == 2
 
 
+EARLIER = str(Path(__file__).parents[2] / "simulations" / "results" / "embedded.csv")
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
         (["--set", "seed=abc"], "Setting 'seed' = 'abc'"),
         (["--against", "nothing.csv"], "'nothing.csv' cannot be read"),
         (["--link", "5g"], "'5g' is no link"),
+        (["--seeds", "1", "--set", "seed=99", "--against", EARLIER], "has no run of these arms and seeds"),
     ],
 )
 def test_what_cannot_be_compared_starts_nothing(
