@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 from client.identity import Identity, Trainer
 from fedtune.config import RunConfig, Scalar
 from fedtune.errors import ConfigError, FedtuneError, Interrupted
+from fedtune.foreign import client_id
 
 RECORD = "fedtune"  # name of the one ConfigRecord in every message, and of the client's state in Flower's context
 
@@ -67,11 +68,14 @@ def train(message: Message, context: Context) -> Message:
 
 
 def identity(context: Context) -> Identity:
-    """Who this node is, from its node config: client-id and data (a deployment), or partition-id (a simulation)."""
+    """Who this node is, from its node config: client-id and data (a deployment), or partition-id (a simulation).
+
+    Raises ConfigError for a client id that is none.
+    """
     node = context.node_config
     partition = int(node.get("partition-id", 0))
     data = str(_absolute({"data": str(node.get("data", ""))})["data"])
-    return Identity(str(node.get("client-id", partition)), partition, data)
+    return Identity(client_id(str(node.get("client-id", partition)), ConfigError), partition, data)
 
 
 def trainer(message: Message, context: Context) -> Trainer:

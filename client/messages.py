@@ -22,8 +22,6 @@ LONGEST_NAME = 128  # characters of a request's, run's or client's name
 SERVICE = "fedtune.worker.v1.Worker"
 TOKEN = "fedtune-token"  # key of gRPC's metadata
 
-_KINDS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, FedtuneError)}
-
 
 def limits(largest: int = LARGEST_MESSAGE) -> list[tuple[str, int]]:
     """gRPC's options that both sides share; a peer that hangs is found by a ping in half a minute."""
@@ -74,7 +72,7 @@ def problem_of(error: FedtuneError) -> pb.Problem:
 
 def error_of(problem: pb.Problem) -> FedtuneError:
     """The error that `problem` names, of the same type if fedtune has it."""
-    return _KINDS.get(problem.kind, FedtuneError)(problem.text)
+    return errors.named(problem.kind)(problem.text)
 
 
 def _setting(key: str, value: Scalar) -> pb.Setting:

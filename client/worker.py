@@ -85,7 +85,8 @@ class Worker:
         differs = [pool for pool in instruction.pools if not pool.pool.disjoint]  # the others are never built upon
         keep = [*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in differs)]
         chosen = bool(instruction.counts.size)  # by the server, which knows them
-        return wire.encode_update(update, config.scalar_bits, with_counts=not chosen), keep
+        sent = wire.encode_update(update, config.scalar_bits, client=identity.client, with_counts=not chosen)
+        return sent, keep
 
     def _samples(self, identity: Identity) -> tuple[Encoded, ...]:
         if identity.data and self.config.algorithm == "central":

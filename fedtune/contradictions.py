@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedtune.errors import ContradictionError
+from fedtune.errors import ConfigError, ContradictionError
+from fedtune.foreign import client_id
 from fedtune.methods import OWNERS, WHOLE_WEIGHTS, ZEROTH_ORDER
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def refuse_contradictions(config: RunConfig) -> None:
             f"local_momentum belongs to optimizer = momentum, not to {config.optimizer}: remove it.",
             local_momentum=config.local_momentum,
         )
+    if config.only_client:
+        client_id(config.only_client, ConfigError, "change only_client")
     _refuse_foreign(config)
     _check_places(config)
     _check_sizes(config)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import ControlError, LockedLedgerError
+from fedtune.foreign import client_id
 from fedtune.ledger_file import LEDGER, lock
 from fedtune.run_folder import RunFolder
 
@@ -69,20 +70,28 @@ class Order:
         order = cls(Command(said["command"]), said["client"])
         if bool(order.client) != (order.command is Command.DROP):
             raise ControlError("drop needs a client, and nothing else takes one.")
-        return order
+        return order.checked()
+
+    def checked(self) -> Order:
+        """Itself. Raises ControlError if its client cannot be one."""
+        if self.client:
+            client_id(self.client, ControlError, "`fedtune ledger show` lists the clients")
+        return self
 
 
 def send(folder: RunFolder, order: Order) -> None:
     """Leave a command for the run in `folder`.
 
     Raises:
-        ControlError: nobody carries on the run, so that nobody would follow. A client can be dropped before a resume.
+        ControlError: nobody carries on the run, so that nobody would follow. A client can be dropped before a resume. Or the
+            client has no id that a client can have.
     """
     if order.command is not Command.DROP and not is_live(folder.path):
         raise ControlError(
             f"Nobody carries on the run in '{folder.path}', so there is nothing to {order.command}: "
             f"`fedtune simulate --resume {folder.path}` would carry it on."
         )
+    order.checked()
     target = folder.path / CONTROL
     target.mkdir(exist_ok=True)
     name = f"{time.time_ns():020d}-{os.getpid()}.json"

@@ -204,3 +204,23 @@ class EngineError(RunError):
 
 class Interrupted(RunError):  # noqa: N818 - it is not a fault
     """Stopped by the user after the step in hand; what is stored stays valid."""
+
+
+KINDS: dict[str, type[FedtuneError]] = {
+    name: kind for name, kind in list(vars().items()) if isinstance(kind, type) and issubclass(kind, FedtuneError)
+}
+"""Every error by its name: what one process of fedtune says to another of the same user."""
+
+
+def named(name: str) -> type[FedtuneError]:
+    """The error called `name`; FedtuneError if there is none."""
+    return KINDS.get(name, FedtuneError)
+
+
+def reported(name: str) -> type[FedtuneError]:
+    """The error that a client reports as `name`.
+
+    What steers or ends a run (RunError and what is below it) is not a client's to raise, so that is a FedtuneError.
+    """
+    kind = named(name)
+    return FedtuneError if issubclass(kind, RunError) else kind

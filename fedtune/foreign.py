@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from fedtune.errors import MalformedMessageError
+from fedtune.errors import FedtuneError, MalformedMessageError
 from fedtune.redact import redact
 
 LONGEST_LINE = 500  # characters of foreign text on a screen
@@ -38,17 +38,21 @@ def for_file(text: str, most: int = LONGEST_TEXT) -> str:
     return _escaped(redact(_cut(text, most)))
 
 
-def client_id(value: object) -> str:
+def client_id(
+    value: object,
+    error: type[FedtuneError] = MalformedMessageError,
+    fix: str = "change client-id in the node config (CLIENT_ID in node.env)",
+) -> str:
     """`value` if it is the id of a client: 1 to LONGEST_ID letters, digits and . _ @ -, the first one a letter or digit.
 
     Raises:
-        MalformedMessageError: it is not.
+        MalformedMessageError: it is not; `error` in its place, and another `fix`, where no message is to blame.
     """
     if not isinstance(value, str) or not _ID.fullmatch(value):
         said = f"'{for_screen(value, 40)}'" if isinstance(value, str) else type(value).__name__
-        raise MalformedMessageError(
+        raise error(
             f"A client id is 1 to {LONGEST_ID} letters, digits or . _ @ - and begins with a letter or a digit, not {said}: "
-            "change client-id in the node config (CLIENT_ID in node.env).",
+            f"{fix}."
         )
     return value
 

@@ -13,7 +13,7 @@ from fedtune.errors import DamagedLedgerError, ForeignLedgerError, FullLedgerErr
 from fedtune.only_one import OnlyOne
 
 LEDGER, LOCK = "ledger.sqlite", "ledger.lock"
-APPLICATION, FORMAT = 0x46544C47, 2  # "FTLG"
+APPLICATION, FORMAT = 0x46544C47, 3  # "FTLG"
 BUSY_SECONDS = 10.0
 PAGE = 2048  # bytes; an update of 4,096 coordinates leaves less of its last page empty than with SQLite's 4,096
 
@@ -81,6 +81,13 @@ def check_kind(path: Path, connection: sqlite3.Connection) -> None:
     if version > FORMAT:
         raise ForeignLedgerError(
             f"'{path}' has format {version}, this program reads {FORMAT}: install a newer fedtune.", found=version, known=FORMAT
+        )
+    if version < FORMAT:
+        raise ForeignLedgerError(
+            f"'{path}' has format {version}, of an older fedtune; this program reads {FORMAT}: use the fedtune that began the "
+            "run (its config.json names the settings), or start a new run.",
+            found=version,
+            known=FORMAT,
         )
     schema = {row[0] for row in connection.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")}
     if schema != set(SCHEMA):

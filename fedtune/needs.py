@@ -12,14 +12,13 @@ import torch
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS, Algorithm, State
 from fedtune.algorithms.base import pool_number
-from fedtune.algorithms.ferret import most_coordinates
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch
 from fedtune.evaluation import response_loss
 from fedtune.layout import Layout, base_size
 from fedtune.perturb import Perturbation
-from fedtune.wire import Instruction, Kind
+from fedtune.wire import Instruction
 
 FLOAT32 = 4  # bytes
 MOST_MADE = 65536  # coefficients of a pool that are made to count its bytes: a multiple of 8, so that bits stay in step
@@ -92,7 +91,7 @@ def needs(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbatio
     return Needs(
         parameters=layout.numel,
         memory=_memory(config, model, layout, perturbation, longest),
-        up=0 if config.alone else _up(config, algorithm, layout),
+        up=0 if config.alone else algorithm.longest_update(config, layout),
         down=0 if config.alone else _down(config, algorithm, layout),
         client_rounds=client_rounds,
         pools_down=config.invited_per_round * sum(1 + pool_number(config, round) for round in range(1, config.rounds + 1)),
@@ -148,15 +147,6 @@ def _asked_for(pool: PoolCoefficients, config: RunConfig, counts: npt.NDArray[np
         return pool
     used = np.arange(pool.pool.size) < counts[:, None]
     return replace(pool, q=pool.q * used.astype(pool.q.dtype))
-
-
-def _up(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
-    """Length of an update: the scalars of all local steps, the most coordinates and a count a block, or all weights."""
-    if algorithm.kind == Kind.COORDINATES:
-        blocks, shared = layout.blocks, config.coordinates == "shared"
-        return wire.update_length(most_coordinates(config, layout), config.scalar_bits, blocks=blocks, with_counts=not shared)
-    scalars = config.local_steps * config.directions_per_step
-    return wire.update_length(layout.numel if algorithm.kind == Kind.WEIGHTS else scalars, config.scalar_bits)
 
 
 # ---------------------------------------------------------------------------------------------------- memory

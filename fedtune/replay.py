@@ -7,9 +7,9 @@ the base model and without a client. Whoever reads an update for a state, the li
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,10 @@ from fedtune.algorithms import ALGORITHMS, Algorithm, State
 from fedtune.algorithms.base import shares
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
-from fedtune.errors import DamagedLedgerError, FedtuneError, ForeignLedgerError
+from fedtune.errors import DamagedLedgerError, FedtuneError, ForeignLedgerError, MalformedMessageError
 from fedtune.layout import Layout
 from fedtune.ledger import Header, Ledger, Round, Snapshot
-from fedtune.wire import Update
+from fedtune.wire import Status, Update
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,24 @@ class Rules:
         return [wire.encode_pool(pool, self.config.coefficient_bits) for pool in state.closed[known:]]
 
 
-def read_update(rules: Rules, state: State, payload: bytes, *, round: int, digest: bytes) -> Update:
-    """The update in `payload` to a round that started from `state`, whose digest is `digest`. Raises WireError."""
+def read_update(
+    rules: Rules, state: State, payload: bytes, *, round: int, digest: bytes, client: str, others: Iterable[str] = ()
+) -> Update:
+    """The update of `client` in `payload`, to a round that started from `state`, whose digest is `digest`.
+
+    Raises WireError, with the name of the one of `others` whose update it is instead.
+    """
+    longest = rules.algorithm.longest_update(rules.config, rules.layout)
+    if len(payload) > longest:
+        raise MalformedMessageError(f"The update has {len(payload)} bytes; at most {longest} were announced for this run.")
     counts = rules.counts(state)
-    return wire.decode_update(
+    update = wire.decode_update(
         payload,
         kind=rules.algorithm.kind,
         round=round,
         digest=digest,
+        client=client,
+        others=others,
         max_steps=rules.config.client_steps,
         blocks=rules.layout.blocks,
         max_count=min(state.pool.size, 65535),
@@ -106,6 +116,9 @@ def read_update(rules: Rules, state: State, payload: bytes, *, round: int, diges
         asked=counts if counts.size else None,
         parameters=rules.layout.numel,
     )
+    if update.status == Status.FINISHED:
+        rules.algorithm.check_update(update, rules.config, rules.layout)
+    return update
 
 
 # ---------------------------------------------------------------------------------------------------- snapshots
@@ -173,7 +186,8 @@ def _moved(ledger: Ledger, rules: Rules, state: State, row: Round) -> State:
         raise bad(ledger, f"round {row.number}", "its updates are not those of its clients")
     digest = rules.digest(state)
     try:
-        read = {u.client: read_update(rules, state, u.payload, round=row.number, digest=digest) for u in used}
+        read_one = partial(read_update, rules, state, round=row.number, digest=digest)
+        read = {u.client: read_one(u.payload, client=u.client) for u in used}
     except FedtuneError as error:
         raise bad(ledger, f"round {row.number}", f"an update cannot be read ({error})") from error
     if {update.client: update.share for update in used} != shares(read, rules.config):

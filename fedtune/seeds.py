@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fedtune import philox
 
+LARGEST_BOUND = 2**56  # a million clients with 2^32 samples each have fewer
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 
@@ -52,9 +53,9 @@ class Stream:
         return (self.words64(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def below(self, bound: int, count: int) -> I64:
-        """int64 [count], uniform in 0 .. bound-1, bound <= 2^40 (bias below 2^-24 of a step for any such bound)."""
-        if not 1 <= bound <= 2**40:
-            raise ValueError(f"bound must be in 1 .. 2^40, not {bound}")
+        """int64 [count], uniform in 0 .. bound-1, bound <= LARGEST_BOUND (bias below 2^-8 of a step for any such bound)."""
+        if not 1 <= bound <= LARGEST_BOUND:
+            raise ValueError(f"bound must be in 1 .. 2^56, not {bound}")
         # floor(word * bound / 2^64) without 128-bit integers: split the word in two halves.
         drawn = self.words64(count)
         low, high = drawn & np.uint64(philox.MASK32), drawn >> np.uint64(32)
@@ -74,7 +75,10 @@ class Stream:
         return np.sort(self.permutation(count)[:size])
 
     def weighted(self, weights: I64, count: int) -> I64:
-        """int64 [count]: indices drawn with replacement, proportional to whole-number `weights` (exact on every machine)."""
+        """int64 [count]: indices drawn with replacement, proportional to whole-number `weights` (exact on every machine).
+
+        The weights sum to LARGEST_BOUND at most.
+        """
         ends = np.cumsum(weights)
         return np.searchsorted(ends, self.below(int(ends[-1]), count), side="right").astype(np.int64)
 

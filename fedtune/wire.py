@@ -11,8 +11,7 @@ byte, and raises a WireError for anything it does not expect; nothing is unpickl
     identity 8 | form u8 (0 zero, 1 dense, 2 sparse, 3 difference, 4 prefixes) [| exponents L x i8
     [| names what it differs from 8 | bits u8] [| bitmap ceil(L K / 8)] [| L x u16 lengths] | packed values]
   update (client to server)
-    "FT" version kind=2|3|4 | round u32 | digest of the model it started from 16 | status u8 | steps u32 | examples u32
-    | mean training loss f32
+    "FT" version kind=2|3|4 | round u32 | answer 16 | status u8 | steps u32 | examples u32 | mean training loss f32
     kind 2 (scalars):      steps x P x number
     kind 3 (coordinates):  [L x u16 counts |] sum of counts x number, or L x bfloat16 units | packed whole numbers
     kind 4 (weights):      d x number; nothing with status 1
@@ -21,8 +20,10 @@ fedtune/bits.py has the bits of a number.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
@@ -39,11 +40,13 @@ from fedtune.packing import take_pool
 
 I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
-MAGIC, VERSION = b"FT", 3
+MAGIC, VERSION = b"FT", 4
 encode_pool, decode_pool = packing.encode_pool, packing.decode_pool  # a part of the format that also stands alone
 _HEAD = struct.Struct("<2sBBI")
 _INSTRUCTION = struct.Struct("<16s16s16sHH")
 _UPDATE = struct.Struct("<16sBIIf")
+LARGEST_LOSS = 1e6
+"""Nats. Logits of float16 end at 65,504, so no loss of such a model is above 131,008; one above this is of no model of use."""
 
 
 class Kind(IntEnum):
@@ -105,7 +108,7 @@ class Update:
         round, digest: the instruction it answers.
         status: whether all steps were finite. `steps` counts the finite ones.
         examples: training samples that the client owns (the weight of its update).
-        train_loss: mean over the steps.
+        train_loss: mean over the steps, 0 .. LARGEST_LOSS.
         scalars: float32 [steps * P] scalar gradients (FedKSeed, P in each step), or float32 [sum of counts] coordinates
             (Ferret), or float32 [d], the change of every weight in layout order (FedAvg; none if `status` is NOT_FINITE).
         counts: int64 [L], coordinates in each block (Ferret); empty for the others.
@@ -202,9 +205,19 @@ def _take_u16(reader: Reader, count: int) -> U16:
     return np.frombuffer(reader.take(2 * count), dtype="<u2").astype(np.uint16)
 
 
-def encode_update(update: Update, bits: int, *, with_counts: bool = True) -> bytes:
-    """An update as bytes; `bits` per number. `counts` are left out where the server chose them."""
-    fields = (update.digest, update.status, update.steps, update.examples, update.train_loss)
+def answer(digest: bytes, round: int, client: str) -> bytes:
+    """16 bytes that only the update of `client` to the instruction of `round`, with the model `digest`, carries.
+
+    >>> answer(bytes(range(16)), 4, "7").hex()
+    '09295953fc6bfa473b5002709ff11ad7'
+    """
+    return hashlib.sha256(b"fedtune answer" + digest + struct.pack("<I", round) + client.encode()).digest()[:16]
+
+
+def encode_update(update: Update, bits: int, *, client: str, with_counts: bool = True) -> bytes:
+    """An update of `client` as bytes; `bits` per number. `counts` are left out where the server chose them."""
+    named = answer(update.digest, update.round, client)
+    fields = (named, update.status, update.steps, update.examples, update.train_loss)
     head = _HEAD.pack(MAGIC, VERSION, update.kind, update.round) + _UPDATE.pack(*fields)
     if update.kind != Kind.COORDINATES:
         return head + pack_scalars(update.scalars, bits)
@@ -224,6 +237,7 @@ def decode_update(
     kind: Kind,
     round: int,
     digest: bytes,
+    client: str,
     max_steps: int,
     blocks: int,
     max_count: int,
@@ -231,13 +245,14 @@ def decode_update(
     per_step: int = 1,
     asked: I64 | None = None,
     parameters: int = 0,
+    others: Iterable[str] = (),
 ) -> Update:
-    """Read a client's update and refuse what the round did not ask for.
+    """Read a client's update and refuse what the round did not ask this client for.
 
     Args:
         data: the message.
         kind: SCALARS, COORDINATES or WEIGHTS.
-        round, digest: what was asked.
+        round, digest, client: what was asked, and of whom.
         max_steps: most local steps.
         blocks: L (COORDINATES).
         max_count: most coordinates a block can have, the size of the pool (COORDINATES).
@@ -245,23 +260,23 @@ def decode_update(
         per_step: scalars of each step (SCALARS).
         asked: int64 [L], the counts if the server chose them (COORDINATES); None: the message has them.
         parameters: d (WEIGHTS).
+        others: clients that were asked the same; whose update it is instead is said by name.
 
     Raises:
-        MalformedMessageError: wrong length, magic, version or count.
-        MismatchError: another round, or another model than the one sent out.
+        MalformedMessageError: wrong length, magic, version or count, or a field outside its range.
+        MismatchError: another round or client, or another model than the one sent out.
         NonFiniteError: a NaN or an infinity.
     """
     reader = Reader(data)
     number = _read_head(reader, kind)
     if number != round:
         raise MismatchError(f"The update is for round {number}; this is round {round}.", got=number, expected=round)
-    started, status, steps, examples, loss = reader.unpack(_UPDATE)
-    if started != digest:
-        raise MismatchError("The update starts from another model than the one that was sent.")
+    answered, status, steps, examples, loss = reader.unpack(_UPDATE)
+    if answered != answer(digest, round, client):
+        raise _not_asked(answered, digest, round, others)
     if status not in tuple(Status):
         raise MalformedMessageError(f"There is no status {status}.")
-    if steps > max_steps or examples == 0:
-        raise MalformedMessageError(f"{steps} steps on {examples} samples; at most {max_steps} steps were asked.")
+    _check_ranges(steps, max_steps, examples, loss, Status(status))
     counts = np.zeros(0, dtype=np.int64)
     if kind != Kind.COORDINATES:
         length = steps * per_step if kind == Kind.SCALARS else parameters if status == Status.FINISHED else 0
@@ -272,9 +287,29 @@ def decode_update(
             raise MalformedMessageError(f"A block has {int(counts.max())} coordinates; the pool has {max_count} seeds.")
         scalars = unpack_blocks(reader, counts, bits)
     reader.finish()
-    if not (np.isfinite(scalars).all() and np.isfinite(loss)):
+    if not np.isfinite(scalars).all():
         raise NonFiniteError("The update contains a number that is not finite.")
     return Update(number, digest, Status(status), steps, examples, loss, scalars, counts, kind == Kind.WEIGHTS)
+
+
+def _not_asked(answered: bytes, digest: bytes, round: int, others: Iterable[str]) -> MismatchError:
+    """The error for an update that answers something else than what its sender was asked."""
+    for other in others:
+        if answered == answer(digest, round, other):
+            return MismatchError(f"It is the update of client {other}: an update counts for the client that made it.")
+    return MismatchError("The update starts from another model, round or client than was asked.")
+
+
+def _check_ranges(steps: int, max_steps: int, examples: int, loss: float, status: Status) -> None:
+    """Refuse numbers that no work of a client has."""
+    if steps > max_steps or examples == 0:
+        raise MalformedMessageError(f"{steps} steps on {examples} samples; at most {max_steps} steps were asked.")
+    if steps == 0 and status == Status.FINISHED:
+        raise MalformedMessageError("The update has no steps.")
+    if not math.isfinite(loss):
+        raise NonFiniteError("The update contains a number that is not finite.")
+    if not 0.0 <= loss <= LARGEST_LOSS:
+        raise MalformedMessageError(f"The training loss is {loss:.3g}: 0 to {LARGEST_LOSS:,.0f} nats were expected (lower lr).")
 
 
 def _read_head(reader: Reader, kind: Kind) -> int:

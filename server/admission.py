@@ -11,11 +11,10 @@ from fedtune.selftest import SelfTest
 Reason = tuple[type[FedtuneError], str]
 
 
-def check_fit(client: str, record: ConfigRecord, fingerprint: bytes, layout: bytes, ours: SelfTest) -> None:
+def check_fit(record: ConfigRecord, fingerprint: bytes, layout: bytes, ours: SelfTest) -> None:
     """Refuse a client whose work would be lost, with every reason and what to do.
 
     Args:
-        client: its id.
         record: its introduction.
         fingerprint, layout, ours: of the server.
 
@@ -31,8 +30,7 @@ def check_fit(client: str, record: ConfigRecord, fingerprint: bytes, layout: byt
         reasons.append((ModelError, what))
     reasons += _of_test(record.get("selftest"), ours)
     if reasons:
-        text = "; ".join(text for _, text in reasons)
-        raise reasons[0][0](f"Client {client} was refused: {text}.", client=client)
+        raise reasons[0][0](f"{'; '.join(text for _, text in reasons)}.")
 
 
 def _of_test(data: object, ours: SelfTest) -> list[Reason]:

@@ -1,52 +1,70 @@
-"""Nodes that connect while the run goes on: they are asked who they are between two rounds, and nobody waits for the answer.
+"""Who the connected nodes are: all are asked before the first round, and those that connect later between two rounds.
 
-The next round after the answer may ask them to train; its instruction holds all that they lack.
+Between rounds nobody waits for the answer; the next round after it may ask them to train, and its instruction holds all that
+they lack. Who is late before the first round is taken like one that came later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedtune.errors import FedtuneError
 from fedtune.progress import Note, emit
+from server.exchange import Patience, collect
+from server.nodes import Node, connected_nodes
+from server.replies import answers
 from server.strategy import CoefficientStrategy
 
 
 class Newcomers:
-    """Who was asked already, and whose answer is still to come.
+    """Who was asked already, and whose answer is still to come."""
 
-    Args:
-        grid, strategy: of the run.
-        asked: nodes that were asked before the first round.
-    """
-
-    def __init__(self, grid: Grid, strategy: CoefficientStrategy, asked: Iterable[int]) -> None:
+    def __init__(self, grid: Grid, strategy: CoefficientStrategy) -> None:
         self.grid, self.strategy = grid, strategy
-        self._asked = set(asked)
-        self._waiting: dict[str, int] = {}
+        self._asked: set[int] = set()
+        self._waiting: dict[str, Node] = {}
+
+    def greet_all(self, patience: Patience) -> tuple[int, list[FedtuneError]]:
+        """Ask every node who it is and wait for the answers; returns how many were asked, and what was wrong with some."""
+        connected = connected_nodes(self.grid)
+        problems: list[FedtuneError] = []
+
+        def take(replies: list[Message]) -> int:
+            before = len(self.strategy.clients)
+            problems.extend(self._take(replies, connected))
+            return len(self.strategy.clients) - before
+
+        patience.begin(len(connected))
+        self._ask(self.strategy.configure_introduction(connected), connected)
+        collect(self.grid, list(self._waiting), patience, take)
+        return len(connected), problems
 
     def greet(self) -> None:
-        """Take the answers that have come, and ask the nodes that are new, or were away, who they are."""
-        connected = set(self.grid.get_node_ids())
-        self._asked &= connected  # one that comes back has lost what it kept, and may be another machine
-        questions = self.strategy.configure_introduction(connected - self._asked)
+        """Take the answers that have come, and ask the nodes that are new, were away or are in doubt, who they are."""
+        connected = connected_nodes(self.grid)
+        self._asked &= connected.keys()  # one that comes back has lost what it kept, and may be another machine
+        self._asked -= self.strategy.roster.doubtful()
+        questions = self.strategy.configure_introduction(connected.keys() - self._asked)
         if questions:
-            self._ask(questions)
+            self._ask(questions, connected)
         if self._waiting:
+            before = set(self.strategy.clients)
             self._take(list(self.grid.pull_messages(list(self._waiting))), connected)
+            for client in sorted(set(self.strategy.clients) - before):
+                emit(Note(f"Client {client} joins the run."))
 
-    def _ask(self, questions: list[Message]) -> None:
+    def _ask(self, questions: list[Message], connected: Mapping[int, Node]) -> None:
         ids = list(self.grid.push_messages(questions))
         nodes = [message.metadata.dst_node_id for message in questions]
         self._asked.update(nodes)
-        self._waiting.update(zip(ids, nodes, strict=True))
+        self._waiting.update({message_id: connected[node] for message_id, node in zip(ids, nodes, strict=True) if message_id})
 
-    def _take(self, answers: list[Message], connected: set[int]) -> None:
-        before = set(self.strategy.clients)
-        self.strategy.accept_introductions(self._waiting, answers, connected)
-        for client in sorted(set(self.strategy.clients) - before):
-            emit(Note(f"Client {client} joins the run."))
-        for answer in answers:
-            self._waiting.pop(answer.metadata.reply_to_message_id, None)
+    def _take(self, replies: list[Message], connected: Mapping[int, Node]) -> list[FedtuneError]:
+        here = {message_id: node for message_id, node in self._waiting.items() if node.id in connected}
+        problems = self.strategy.roster.accept(here, replies, connected)
+        for reply in replies:
+            self._waiting.pop(answers(reply), None)
+        return problems

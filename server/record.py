@@ -54,7 +54,16 @@ class Record:
         """Clients that take no part any more."""
         return {str(event.detail["client"]) for event in self.ledger.events("drop")}
 
+    def keys(self) -> dict[str, str]:
+        """The key that each client id belongs to (`server.roster`)."""
+        return {str(client): str(key) for event in self.ledger.events("keys") for client, key in event.detail["keys"].items()}
+
     # ------------------------------------------------------------------ the ledger
+
+    def commit_keys(self, keys: Mapping[str, str]) -> None:
+        """Write down to which keys client ids belong from now on; nothing if there is none."""
+        if keys:
+            self.ledger.commit_event("keys", {"keys": dict(keys)}, self.elapsed)
 
     def commit(self, number: int, tally: Tally, phases: Phases, state: State) -> None:
         """Write round `number` and the state that it led to; until this returns nothing may use them."""

@@ -7,7 +7,6 @@ on to the same end.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -19,14 +18,15 @@ from fedtune.evaluation import evaluate, generate
 from fedtune.layout import base_size
 from fedtune.progress import Note, RoundFinished, RunFinished, RunStarted, check_stop, emit
 from fedtune.resident import Resident, resident
+from server.exchange import POLL_SECONDS, Patience, exchange
 from server.newcomers import Newcomers
 from server.opening import Opened
 from server.operate import Operator
 from server.phases import Phases
 from server.record import Record
-from server.strategy import CoefficientStrategy, is_behind
+from server.replies import is_behind, looks_usable
+from server.strategy import CoefficientStrategy
 
-POLL_SECONDS = 0.1
 SHORT_ROUNDS = 3  # so many rounds in a row, or tries at one, without enough usable updates end the run
 _SIXTEEN_BIT = (
     "a local step smaller than half the spacing of a weight is lost on the client, so what it trains and what is rebuilt "
@@ -47,7 +47,7 @@ class Run:
         self.grid, self.config, self.folder, self.notes = grid, opened.config, opened.folder, opened.notes
         self.here: Resident = resident(opened.config)
         self.record = Record(opened)
-        self.strategy = CoefficientStrategy(opened.rules, opened.state, self.record.dropped())
+        self.strategy = CoefficientStrategy(opened.rules, opened.state, self.record.dropped(), self.record.keys())
         self.operator = Operator(self.record, self.strategy)
         self._newcomers: Newcomers | None = None
         self._phases = Phases()
@@ -82,6 +82,7 @@ class Run:
         """Ask clients that came since who they are."""
         if self._newcomers is not None:
             self._newcomers.greet()
+            self.record.commit_keys(self.strategy.roster.new_keys())
 
     def _between_rounds(self) -> None:
         """Follow what the run was told to do. A run with all its rounds done still drops, evaluates and stops."""
@@ -129,7 +130,8 @@ class Run:
 
     def _wait_for_clients(self) -> None:
         """Wait until enough nodes are connected, then learn who they are."""
-        deadline, wanted = time.monotonic() + self.config.wait_timeout, self.strategy.wanted
+        roster = self.strategy.roster
+        deadline, wanted = time.monotonic() + self.config.wait_timeout, roster.wanted
         while (connected := len(list(self.grid.get_node_ids()))) < wanted:
             check_stop()
             if time.monotonic() > deadline:
@@ -138,12 +140,13 @@ class Run:
                     "start more SuperNodes, or lower clients or min_clients."
                 )
             time.sleep(POLL_SECONDS)
-        nodes = list(self.grid.get_node_ids())
-        questions = self.strategy.configure_introduction(nodes)
-        answers = self._exchange(questions, self.config.wait_timeout)
-        node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in questions}
-        self.strategy.check_enough(len(nodes), self.strategy.accept_introductions(node_of, answers, nodes))
-        self._newcomers = Newcomers(self.grid, self.strategy, nodes)
+        self._newcomers = Newcomers(self.grid, self.strategy)
+        asked, problems = self._newcomers.greet_all(self._patience(self.config.wait_timeout, enough=wanted))
+        roster.check_enough(asked, problems)
+        self.record.commit_keys(roster.new_keys())
+
+    def _patience(self, timeout: float, enough: int) -> Patience:
+        return Patience(timeout=timeout, grace=self.config.grace, enough=enough)
 
     # ------------------------------------------------------------------ a round
 
@@ -166,32 +169,18 @@ class Run:
             config = ConfigRecord({"attempt": attempt})
             instructions = strategy.configure_train(number, ArrayRecord(), config, self.grid)
         with self._phases.measure("clients"):
-            replies = self._exchange(instructions, self.config.round_timeout)
+            enough = max(self.config.min_replies, -(-len(instructions) // 2))
+            patience = self._patience(self.config.round_timeout, enough)
+            replies = exchange(self.grid, instructions, patience, _usable)
             strategy.note_sent(instructions)
             more = strategy.configure_catch_up(number, replies)
             if more:
                 replies = [reply for reply in replies if not is_behind(reply)]
-                replies += self._exchange(more, self.config.round_timeout)
+                replies += exchange(self.grid, more, patience, _usable)
                 strategy.note_sent(more)
+            strategy.tally.closed = patience.closed
         with self._phases.measure("aggregate"):
             strategy.aggregate_train(number, replies)
-
-    def _exchange(self, messages: Sequence[Message], timeout: float) -> list[Message]:
-        """Send messages and collect the answers that come in time."""
-        if not messages:
-            return []
-        deadline = time.monotonic() + timeout
-        waiting = set(self.grid.push_messages(messages))
-        replies: list[Message] = []
-        while waiting:
-            arrived = list(self.grid.pull_messages(list(waiting)))
-            replies += arrived
-            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
-            check_stop()
-            if not waiting or time.monotonic() > deadline:
-                break
-            time.sleep(POLL_SECONDS)
-        return replies
 
     def _settle(self, number: int) -> None:
         """Publish the committed round, evaluate it if that is due, and write its line of metrics."""
@@ -229,3 +218,7 @@ class Run:
             f"{few} for {SHORT_ROUNDS} {rounds}. The last reasons: "
             + "; ".join(f"client {name}: {why}" for name, why in sorted(tally.refused.items()))
         )
+
+
+def _usable(replies: list[Message]) -> int:
+    return sum(map(looks_usable, replies))

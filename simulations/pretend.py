@@ -53,7 +53,7 @@ class PretendClient:
         steps = self.config.local_steps
         scalars = Stream(self.config.seed, "pretend", number, client).normal(self._length).astype(np.float32)
         update = Update(number, payload[_DIGEST], Status.FINISHED, steps, 1 + int(client) % 7, 1.0, scalars, self._counts)
-        return wire.encode_update(update, self.config.scalar_bits)
+        return wire.encode_update(update, self.config.scalar_bits, client=client)
 
     @property
     def _length(self) -> int:

@@ -67,10 +67,13 @@ def go_on(ledger: Ledger, rules: Rules, rounds: int, clients: int = 2, most: int
         state = rules.begin_round(state)
         digest = rules.digest(state)
         payloads = {
-            str(client): wire.encode_update(update_of(rules, number, client, digest, most), config.scalar_bits)
+            str(client): wire.encode_update(
+                update_of(rules, number, client, digest, most), config.scalar_bits, client=str(client)
+            )
             for client in range(clients)
         }
-        read = {client: read_update(rules, state, data, round=number, digest=digest) for client, data in payloads.items()}
+        asked = {"round": number, "digest": digest}
+        read = {client: read_update(rules, state, data, client=client, **asked) for client, data in payloads.items()}
         state = rules.aggregate(state, read)
         weights = shares(read, config)
         asked = (*payloads, "late")

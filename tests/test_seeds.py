@@ -42,7 +42,7 @@ def test_a_stream_goes_on_where_it_stopped() -> None:
     assert np.array_equal(np.concatenate([parts.words(n) for n in (1, 2, 5, 0, 56)]), expected)
 
 
-@pytest.mark.parametrize("bound", [1, 2, 3, 1000, 2**32 - 1, 2**32, 2**32 + 1, 10**11, 2**40])
+@pytest.mark.parametrize("bound", [1, 2, 3, 1000, 2**32 - 1, 2**32, 2**32 + 1, 10**11, 2**40, 2**56])
 def test_below_is_the_high_part_of_the_product_with_the_word(bound: int) -> None:
     words = Stream("b", bound).words64(50)
     drawn = Stream("b", bound).below(bound, 50)
@@ -51,9 +51,9 @@ def test_below_is_the_high_part_of_the_product_with_the_word(bound: int) -> None
     assert 0 <= drawn.min() <= drawn.max() < bound
 
 
-@pytest.mark.parametrize("bound", [0, -1, 2**40 + 1])
+@pytest.mark.parametrize("bound", [0, -1, 2**56 + 1])
 def test_below_refuses_other_bounds(bound: int) -> None:
-    with pytest.raises(ValueError, match=r"bound must be in 1 \.\. 2\^40, not"):
+    with pytest.raises(ValueError, match=r"bound must be in 1 \.\. 2\^56, not"):
         Stream("b").below(bound, 1)
 
 

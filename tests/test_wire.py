@@ -20,6 +20,7 @@ from fedtune.wire import Instruction, Kind, Status, Update
 
 POOLS = [Pool("hadamard", number, 8) for number in range(3)]
 DIGEST, FINGERPRINT, LAYOUT = bytes(range(16)), b"f" * 16, b"l" * 16
+CLIENT, ANSWER = "7", "09295953fc6bfa473b5002709ff11ad7"  # the client's to DIGEST in round 4
 
 
 def coefficients(number: int = 0, values: list[int] | None = None) -> PoolCoefficients:
@@ -51,33 +52,54 @@ def read_instruction(data: bytes, bits: int = 4) -> Instruction:
     return wire.decode_instruction(data, POOLS.__getitem__, len(POOLS), 1, bits)
 
 
+def encode(update: Update, bits: int, with_counts: bool = True) -> bytes:
+    """The update of CLIENT."""
+    return wire.encode_update(update, bits, client=CLIENT, with_counts=with_counts)
+
+
 def read_update(data: bytes, kind: Kind = Kind.SCALARS, bits: int = 32, **changes: object) -> Update:
-    asked = {"round": 4, "digest": DIGEST, "max_steps": 50, "blocks": 3, "max_count": 8, "parameters": 3, **changes}
+    asked = {"round": 4, "digest": DIGEST, "client": CLIENT, "max_steps": 50, "blocks": 3, "max_count": 8, "parameters": 3}
+    asked |= changes
     return wire.decode_update(data, kind=kind, bits=bits, **asked)
 
 
 def test_golden_bytes_of_an_instruction() -> None:
     expected = (
-        "4654030101000000" + FINGERPRINT.hex() + LAYOUT.hex() + DIGEST.hex() + "00000100"
+        "4654040101000000" + FINGERPRINT.hex() + LAYOUT.hex() + DIGEST.hex() + "00000100"
         + POOLS[0].identity.hex() + "01" + "ec" + "59f888a1" + "00"
     )  # fmt: skip
     assert wire.encode_instruction(instruction(), 4).hex() == expected
 
 
 def test_golden_bytes_of_updates() -> None:
-    head = "46540302" + "04000000" + DIGEST.hex() + "00" + "03000000" + "78000000" + "00002040"
-    assert wire.encode_update(scalars(), 32).hex() == head + "0000803f" + "000020c0" + "00000000"
-    assert wire.encode_update(scalars(), 16).hex() == head + "803f" + "20c0" + "0000"
-    head = "46540303" + "04000000" + DIGEST.hex() + "00" + "14000000" + "78000000" + "00002040"
-    assert wire.encode_update(coordinates(), 16).hex() == head + "010000000200" + "003f" + "80be" + "0041"
+    head = "46540402" + "04000000" + ANSWER + "00" + "03000000" + "78000000" + "00002040"
+    assert encode(scalars(), 32).hex() == head + "0000803f" + "000020c0" + "00000000"
+    assert encode(scalars(), 16).hex() == head + "803f" + "20c0" + "0000"
+    head = "46540403" + "04000000" + ANSWER + "00" + "14000000" + "78000000" + "00002040"
+    assert encode(coordinates(), 16).hex() == head + "010000000200" + "003f" + "80be" + "0041"
     units = "933d" + "0000" + "933f"  # 0.5 / 7 and 8 / 7, rounded up to bfloat16
-    assert wire.encode_update(coordinates(), 4).hex() == head + "010000000200" + units + "8f" + "0f"
-    assert wire.encode_update(coordinates(), 4, with_counts=False).hex() == head + units + "8f" + "0f"
+    assert encode(coordinates(), 4).hex() == head + "010000000200" + units + "8f" + "0f"
+    assert encode(coordinates(), 4, with_counts=False).hex() == head + units + "8f" + "0f"
+
+
+def test_an_answer_known_by_heart() -> None:
+    """SHA-256 of "fedtune answer", the digest, the round (u32) and the client's id, first 16 bytes."""
+    assert wire.answer(DIGEST, 4, CLIENT).hex() == ANSWER
+    others = {wire.answer(*change) for change in ((DIGEST, 5, CLIENT), (DIGEST, 4, "70"), (bytes(16), 4, CLIENT))}
+    assert len({*others, bytes.fromhex(ANSWER)}) == 4
+
+
+def test_whose_update_it_is_instead_is_said_by_name() -> None:
+    data = encode(scalars(), 32)
+    with pytest.raises(MismatchError, match="It is the update of client 7: an update counts"):
+        read_update(data, client="8", others=("6", "7"))
+    with pytest.raises(MismatchError, match="starts from another model, round or client"):
+        read_update(data, client="8", others=("6",))
 
 
 def test_golden_bytes_of_eight_bit_scalars() -> None:
-    head = "46540302" + "04000000" + DIGEST.hex() + "00" + "03000000" + "78000000" + "00002040"
-    assert wire.encode_update(scalars(), 8).hex() == head + "3c" + "c1" + "00"
+    head = "46540402" + "04000000" + ANSWER + "00" + "03000000" + "78000000" + "00002040"
+    assert encode(scalars(), 8).hex() == head + "3c" + "c1" + "00"
 
 
 def test_golden_bytes_of_an_instruction_with_counts() -> None:
@@ -112,13 +134,13 @@ def test_every_form_of_a_pool_survives(seed: int, bits: int) -> None:
 
 
 def test_golden_bytes_of_an_update_of_weights() -> None:
-    head = "46540304" + "04000000" + DIGEST.hex()
+    head = "46540404" + "04000000" + ANSWER
     tail = "03000000" + "78000000" + "00002040"
-    assert wire.encode_update(weights(), 32).hex() == head + "00" + tail + "0000803f" + "000020c0" + "00000000"
-    assert wire.encode_update(weights(), 16).hex() == head + "00" + tail + "803f" + "20c0" + "0000"
+    assert encode(weights(), 32).hex() == head + "00" + tail + "0000803f" + "000020c0" + "00000000"
+    assert encode(weights(), 16).hex() == head + "00" + tail + "803f" + "20c0" + "0000"
     ended = weights(status=Status.NOT_FINITE, scalars=np.zeros(0, np.float32))
-    assert wire.encode_update(ended, 32).hex() == head + "01" + tail
-    assert read_update(wire.encode_update(ended, 32), Kind.WEIGHTS).status == Status.NOT_FINITE
+    assert encode(ended, 32).hex() == head + "01" + tail
+    assert read_update(encode(ended, 32), Kind.WEIGHTS).status == Status.NOT_FINITE
 
 
 def test_golden_bytes_of_a_pool_of_axes() -> None:
@@ -166,7 +188,7 @@ def test_the_shorter_form_is_chosen() -> None:
 
 
 def test_counts_that_the_server_chose_are_not_sent() -> None:
-    data = wire.encode_update(coordinates(), 16, with_counts=False)
+    data = encode(coordinates(), 16, with_counts=False)
     got = read_update(data, Kind.COORDINATES, 16, asked=np.array([1, 0, 2]))
     assert (got.counts.tolist(), got.scalars.tolist()) == ([1, 0, 2], [0.5, -0.25, 8.0])
     with pytest.raises(MalformedMessageError, match="announced"):
@@ -175,7 +197,7 @@ def test_counts_that_the_server_chose_are_not_sent() -> None:
 
 @pytest.mark.parametrize("unit", ["c07f", "807f", "80bf"])
 def test_a_unit_that_is_not_finite_or_negative_is_refused(unit: str) -> None:
-    data = bytearray(wire.encode_update(coordinates(), 4, with_counts=False))
+    data = bytearray(encode(coordinates(), 4, with_counts=False))
     data[37:39] = bytes.fromhex(unit)
     with pytest.raises((MalformedMessageError, NonFiniteError)):
         read_update(bytes(data), Kind.COORDINATES, 4, asked=np.array([1, 0, 2]))
@@ -184,31 +206,31 @@ def test_a_unit_that_is_not_finite_or_negative_is_refused(unit: str) -> None:
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
 def test_lengths_are_known_beforehand(bits: int) -> None:
     for with_counts in (True, False):
-        data = wire.encode_update(coordinates(), bits, with_counts=with_counts)
+        data = encode(coordinates(), bits, with_counts=with_counts)
         assert wire.update_length(3, bits, blocks=3, with_counts=with_counts) == len(data)
     if bits > 4:
-        assert wire.update_length(3, bits) == len(wire.encode_update(scalars(), bits))
+        assert wire.update_length(3, bits) == len(encode(scalars(), bits))
 
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_updates_survive_the_wire(bits: int) -> None:
-    got = read_update(wire.encode_update(scalars(), bits), bits=bits)
+    got = read_update(encode(scalars(), bits), bits=bits)
     assert got.scalars.tolist() == [1.0, -2.5, 0.0]
     assert (got.steps, got.examples, got.train_loss, got.status) == (3, 120, 2.5, Status.FINISHED)
-    got = read_update(wire.encode_update(weights(), bits), Kind.WEIGHTS, bits)
+    got = read_update(encode(weights(), bits), Kind.WEIGHTS, bits)
     assert (got.scalars.tolist(), got.weights) == ([1.0, -2.5, 0.0], True)
-    got = read_update(wire.encode_update(coordinates(), bits), Kind.COORDINATES, bits)
+    got = read_update(encode(coordinates(), bits), Kind.COORDINATES, bits)
     assert (got.counts.tolist(), got.scalars.tolist()) == ([1, 0, 2], [0.5, -0.25, 8.0])
 
 
 def test_a_step_of_several_directions_has_as_many_scalars() -> None:
     two = scalars(steps=2, scalars=np.array([1.0, -2.5, 0.0, 4.0], dtype=np.float32))
-    got = read_update(wire.encode_update(two, 16), bits=16, per_step=2)
+    got = read_update(encode(two, 16), bits=16, per_step=2)
     assert (got.steps, got.scalars.tolist()) == (2, [1.0, -2.5, 0.0, 4.0])
     with pytest.raises(MalformedMessageError, match="has 45 bytes; 41 were announced"):
-        read_update(wire.encode_update(two, 16), bits=16)
+        read_update(encode(two, 16), bits=16)
     with pytest.raises(MalformedMessageError, match="ends after 39 bytes; 41 were announced"):
-        read_update(wire.encode_update(scalars(steps=1, scalars=np.ones(1, np.float32)), 16), bits=16, per_step=2)
+        read_update(encode(scalars(steps=1, scalars=np.ones(1, np.float32)), 16), bits=16, per_step=2)
 
 
 @given(st.floats(-60000.0, 60000.0, width=32))
@@ -255,7 +277,7 @@ def test_paper_byte_counts_of_fedkseed() -> None:
     pool = Pool("hadamard", 0, 4096)
     full = PoolCoefficients(pool, np.ones((1, 4096), np.int32), np.zeros(1, np.int32))
     down = len(wire.encode_instruction(instruction(pools=(full,)), 8))
-    up = len(wire.encode_update(scalars(steps=200, scalars=np.ones(200, np.float32)), 16))
+    up = len(encode(scalars(steps=200, scalars=np.ones(200, np.float32)), 16))
     assert 4 + 4 * 4096 + 8 * 200 == 17_988
     assert (down, up) == (4096 + 71, 400 + 37)
 
@@ -300,11 +322,11 @@ def test_a_hostile_instruction_is_refused(name: str) -> None:
 
 
 def tampered_updates() -> dict[str, tuple[bytes, Kind, type[WireError], str]]:
-    good = wire.encode_update(scalars(), 32)
-    table = wire.encode_update(coordinates(), 32)
+    good = encode(scalars(), 32)
+    table = encode(coordinates(), 32)
     nan = scalars(scalars=np.array([1.0, np.nan, 0.0], np.float32))
     s, c, w = Kind.SCALARS, Kind.COORDINATES, Kind.WEIGHTS
-    full = wire.encode_update(weights(), 32)
+    full = encode(weights(), 32)
     return {
         "empty": (b"", s, MalformedMessageError, "ends after 0 bytes"),
         "truncated": (good[:-1], s, MalformedMessageError, "were announced"),
@@ -313,11 +335,14 @@ def tampered_updates() -> dict[str, tuple[bytes, Kind, type[WireError], str]]:
         "more steps than sent": (good[:25] + b"\x05\0\0\0" + good[29:], s, MalformedMessageError, "were announced"),
         "no samples": (good[:29] + b"\0" * 4 + good[33:], s, MalformedMessageError, "on 0 samples"),
         "unknown status": (good[:24] + b"\x09" + good[25:], s, MalformedMessageError, "no status 9"),
-        "old round": (wire.encode_update(scalars(round=3), 32), s, MismatchError, "round 3; this is round 4"),
-        "another model": (wire.encode_update(scalars(digest=b"x" * 16), 32), s, MismatchError, "another model"),
+        "old round": (encode(scalars(round=3), 32), s, MismatchError, "round 3; this is round 4"),
+        "another model": (encode(scalars(digest=b"x" * 16), 32), s, MismatchError, "another model"),
+        "no steps": (encode(scalars(steps=0, scalars=np.zeros(0, np.float32)), 32), s, MalformedMessageError, "has no steps"),
+        "a loss below zero": (encode(scalars(train_loss=-3e38), 32), s, MalformedMessageError, "training loss is -3e"),
+        "a loss of no model": (encode(scalars(train_loss=1.1e6), 32), s, MalformedMessageError, "training loss is 1.1e"),
         "other algorithm": (table, s, MalformedMessageError, "kind 3"),
-        "NaN scalar": (wire.encode_update(nan, 32), s, NonFiniteError, "not finite"),
-        "infinite loss": (wire.encode_update(scalars(train_loss=float("inf")), 32), s, NonFiniteError, "not finite"),
+        "NaN scalar": (encode(nan, 32), s, NonFiniteError, "not finite"),
+        "infinite loss": (encode(scalars(train_loss=float("inf")), 32), s, NonFiniteError, "not finite"),
         "weights in place of scalars": (full, s, MalformedMessageError, "kind 4"),
         "scalars in place of weights": (good, w, MalformedMessageError, "kind 2"),
         "a weight too few": (full[:-4], w, MalformedMessageError, "ends after 45 bytes; 49 were announced"),
@@ -325,10 +350,10 @@ def tampered_updates() -> dict[str, tuple[bytes, Kind, type[WireError], str]]:
         "weights of a client that failed": (full[:24] + b"\x01" + full[25:], w, MalformedMessageError, "37 were announced"),
         "NaN weight": (full[:-4] + b"\0\0\xc0\x7f", w, NonFiniteError, "not finite"),
         "more coordinates than seeds": (
-            wire.encode_update(coordinates(counts=np.array([9, 0, 2])), 32), c, MalformedMessageError, "the pool has 8",
+            encode(coordinates(counts=np.array([9, 0, 2])), 32), c, MalformedMessageError, "the pool has 8",
         ),
         "fewer coordinates than announced": (
-            wire.encode_update(coordinates(counts=np.array([2, 0, 2])), 32), c, MalformedMessageError, "were announced",
+            encode(coordinates(counts=np.array([2, 0, 2])), 32), c, MalformedMessageError, "were announced",
         ),
     }  # fmt: skip
 
@@ -343,7 +368,7 @@ def test_a_hostile_update_is_refused(name: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.booleans())
 def test_random_bytes_never_cause_anything_but_a_wire_error(noise: bytes, with_head: bool) -> None:
-    good = wire.encode_update(scalars(), 32)
+    good = encode(scalars(), 32)
     data = good[:8] + noise if with_head else noise
     for kind in (Kind.SCALARS, Kind.COORDINATES, Kind.WEIGHTS):
         try:

@@ -25,7 +25,7 @@ from fedtune.directions.base import DISJOINT, F64
 from fedtune.layout import BlockRule, Layout
 from fedtune.perturb import LiveWeights, Perturbation
 from fedtune.seeds import stream_key
-from fedtune.wire import Instruction, Kind, Update
+from fedtune.wire import Instruction, Kind, Update, update_length
 
 I64 = npt.NDArray[np.int64]
 PASS_TOKENS = 8192
@@ -120,9 +120,12 @@ class Algorithm:
         pool_size: seeds in a pool, given the configuration and the layout.
         statistics: zero-filled arrays that the algorithm keeps beside the coefficients, by name and shape.
         draw_weights: uint16 [K] or empty: what a client needs to know about the seeds.
+        most_numbers: scalars, coordinates or weights that an update has at most.
         local_update: the client's half of a round.
         aggregate: the server's half: state, updates by client id -> state. Must not depend on the order of arrival.
         counts: int64 [L]: coordinates of each block that every client is asked for, or empty: clients choose, or send none.
+        check_update: refuses a finished update that `local_update` cannot have made, with a WireError; wire.py has checked
+            lengths and ranges. Live server and replay both call it.
         lasting: names of the statistics that outlive a pool.
         family: of its pools; "": that of the settings.
         adapt: what is done to the loaded base model before its trainable parameters are laid out.
@@ -136,9 +139,11 @@ class Algorithm:
     pool_size: Callable[[RunConfig, Layout], int]
     statistics: Callable[[int, int], dict[str, F64]]
     draw_weights: Callable[[State], np.ndarray[tuple[int], np.dtype[np.uint16]]]
+    most_numbers: Callable[[RunConfig, Layout], int]
     local_update: Callable[[LocalWork, RunConfig, Instruction], Update]
     aggregate: Callable[[State, Mapping[str, Update], RunConfig, Layout], State]
     counts: Callable[[State, RunConfig, Layout], I64] = lambda state, config, layout: np.zeros(0, dtype=np.int64)
+    check_update: Callable[[Update, RunConfig, Layout], None] = lambda update, config, layout: None
     lasting: tuple[str, ...] = ()
     family: str = ""
     adapt: Callable[[torch.nn.Module, RunConfig], torch.nn.Module] = lambda model, config: model
@@ -155,6 +160,12 @@ class Algorithm:
         if family in DISJOINT:
             return Pool(family, 0, size)  # not random: the same for all runs
         return Pool(family, stream_key(config.seed, "pool", number), size, rank=config.rank)
+
+    def longest_update(self, config: RunConfig, layout: Layout) -> int:
+        """Bytes of an update at most; a longer message is none."""
+        blocks = layout.blocks if self.kind == Kind.COORDINATES else 0
+        own = config.coordinates != "shared"
+        return update_length(self.most_numbers(config, layout), config.scalar_bits, blocks=blocks, with_counts=own)
 
     def start(self, config: RunConfig, layout: Layout) -> State:
         """State 0: the base model."""

@@ -61,6 +61,7 @@ DECOMFL = Algorithm(
     pool_size=lambda config, layout: config.local_steps * config.directions_per_step,
     statistics=no_statistics,
     draw_weights=no_draw_weights,
+    most_numbers=lambda config, layout: config.local_steps * config.directions_per_step,
     local_update=local_update,
     aggregate=aggregate,
 )

@@ -75,6 +75,7 @@ FEDAVG = Algorithm(
     pool_size=lambda config, layout: layout.numel,
     statistics=no_statistics,
     draw_weights=no_draw_weights,
+    most_numbers=lambda config, layout: layout.numel,
     local_update=local_update,
     aggregate=aggregate,
     family="axes",

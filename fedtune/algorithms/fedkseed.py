@@ -117,6 +117,7 @@ FEDKSEED = Algorithm(
     pool_size=lambda config, layout: config.K,
     statistics=no_statistics,
     draw_weights=no_draw_weights,
+    most_numbers=lambda config, layout: config.local_steps * config.directions_per_step,
     local_update=local_update,
     aggregate=aggregate,
 )

@@ -31,6 +31,7 @@ from fedtune.algorithms.change import Change
 from fedtune.algorithms.first_order import descend
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
+from fedtune.errors import MalformedMessageError
 from fedtune.layout import BlockRule, Layout
 from fedtune.seeds import Stream
 from fedtune.wire import Instruction, Kind, Status, Update
@@ -173,6 +174,34 @@ def most_coordinates(config: RunConfig, layout: Layout) -> int:
     return min(config.K, sum(min(block, size, LARGEST_COUNT) for block in layout.block_sizes))
 
 
+def check_update(update: Update, config: RunConfig, layout: Layout) -> None:
+    """Refuse counts that no `allocate` gives, where the client chose them.
+
+    Raises:
+        MalformedMessageError: other blocks, or more or fewer coordinates than the budget and its update ask for.
+    """
+    if config.coordinates == "shared":
+        return
+    sizes, size = np.array(layout.block_sizes), pool_size(config, layout)
+    official = config.allocation == "official"
+    caps = np.minimum(np.full(len(sizes), size) if official else np.minimum(sizes, size), LARGEST_COUNT)
+    block = int(np.argmax(update.counts - caps))
+    if update.counts[block] > caps[block]:
+        raise MalformedMessageError(
+            f"Block {block} has {update.counts[block]} coordinates, of {caps[block]} at most.", block=block
+        )
+    if official:
+        if (update.counts < OFFICIAL_LEAST).any():
+            raise MalformedMessageError(f"A block has fewer than {OFFICIAL_LEAST} coordinates, which each has at least.")
+        return
+    total, budget = int(update.counts.sum()), most_coordinates(config, layout)
+    if not total:
+        raise MalformedMessageError("The update has no coordinates: nothing moved, so it has no share (raise lr).")
+    full = bool((update.counts == caps)[update.counts > 0].all())
+    if total > budget or (total < budget and not full):
+        raise MalformedMessageError(f"The update has {total} coordinates; {budget} were asked for.", total=total, budget=budget)
+
+
 def chosen_seeds(config: RunConfig, round: int, client: str, counts: I64, pool_size: int) -> npt.NDArray[np.bool_]:
     """bool [L, K]: the K_l seeds of each block that a client projects on; derived on both sides, never sent.
 
@@ -253,8 +282,10 @@ FERRET = Algorithm(
     pool_size=pool_size,
     statistics=lambda blocks, size: {"velocity": np.zeros((blocks, size)), "norms": np.zeros((blocks, 1))},
     draw_weights=no_draw_weights,
+    most_numbers=most_coordinates,
     local_update=local_update,
     aggregate=aggregate,
     counts=shared_counts,
+    check_update=check_update,
     lasting=("norms",),
 )

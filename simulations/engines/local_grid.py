@@ -75,6 +75,7 @@ class LocalGrid(Grid):
         run_id: int = 1,
         serialise: bool = True,
         faults: Faults | None = None,
+        registered: bool = True,
     ) -> None:
         """Connect `nodes` clients.
 
@@ -87,10 +88,12 @@ class LocalGrid(Grid):
             run_id: Flower's id of the run.
             serialise: pass messages through protobuf bytes. Without it, server and clients share the objects sent.
             faults: faults to inject.
+            registered: every node has a key and is registered under its partition's number, as in a deployment; otherwise
+                nodes have neither, as in Flower's simulation.
         """
         internals.adopt_identity(run_id)
         self.client_app = client_app
-        self.serialise = serialise
+        self.serialise, self.registered = serialise, registered
         self.faults = faults or Faults()
         self._run = internals.empty_run(run_id)
         self._run_config = dict(run_config)
@@ -99,9 +102,11 @@ class LocalGrid(Grid):
         self._replies: dict[str, Message] = {}
         self._seconds: dict[str, float] = {}
         self.contexts: dict[int, Context] = {}
+        self._names: dict[int, str] = {}
         for partition, node_id in enumerate(_node_ids(seed, nodes)):
             config = {"partition-id": partition, "num-partitions": nodes, **(node_configs or {}).get(partition, {})}
             self.contexts[node_id] = self._context(node_id, config)
+            self._names[node_id] = str(partition)
 
     def server_context(self) -> Context:
         """A fresh context for the ServerApp of this run."""
@@ -135,7 +140,12 @@ class LocalGrid(Grid):
         return [] if self._polls <= self.faults.empty_polls else list(self.contexts)
 
     def get_nodes(self) -> list[internals.NodeInfo]:
-        return [internals.NodeInfo(node_id=node_id) for node_id in self.get_node_ids()]
+        return [self._node(node_id) for node_id in self.get_node_ids()]
+
+    def _node(self, node_id: int) -> internals.NodeInfo:
+        if not self.registered:
+            return internals.NodeInfo(node_id=node_id)
+        return internals.NodeInfo(node_id=node_id, name=self._names[node_id], public_key=f"key of {node_id}".encode())
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Run every message's client to its end; returns the ids given to the messages, in their order.

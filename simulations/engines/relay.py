@@ -23,7 +23,6 @@ from fedtune.progress import Event, listening
 VARIABLE = "FEDTUNE_RELAY"  # path of the file; unset: nobody is interested
 
 _EVENTS: dict[str, type] = {kind.__name__: kind for kind in get_args(Event)}
-_ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, FedtuneError)}
 
 
 @contextmanager
@@ -89,8 +88,8 @@ def _event(record: dict[str, Any]) -> Event:
 
 def _error(record: dict[str, Any]) -> FedtuneError:
     """The same error as in the other process if it is fedtune's, else an EngineError with its text and last lines."""
-    if record["error"] in _ERRORS:
-        return _ERRORS[record["error"]](record["message"], **record["facts"])
+    if record["error"] in errors.KINDS:
+        return errors.named(record["error"])(record["message"], **record["facts"])
     return EngineError(
         f"The server stopped with {record['error']}: {record['message']}. This is a fault in fedtune or its set-up, "
         "not a setting: please report it with the lines above.",

@@ -74,7 +74,7 @@ def test_fedtunes_errors_keep_type_text_and_facts(path):
     assert reader.error.facts == {"path": "/x", "errno": 17}
 
 
-@pytest.mark.parametrize("name", sorted(relay._ERRORS))
+@pytest.mark.parametrize("name", sorted(errors.KINDS))
 def test_every_error_can_be_rebuilt(path, name):
     kind = getattr(errors, name)
     with pytest.raises(kind), relay.relaying(with_error=True):

@@ -485,7 +485,7 @@ def test_as_many_numbers_travel_as_are_counted() -> None:
     asked = RunConfig(algorithm="ferret", K=300)
     update = projected(layout, asked, [torch.randn(50, 40, generator=torch.Generator().manual_seed(i)) for i in range(6)])
     assert (int(update.counts.sum()), len(update.scalars)) == (300, 300)
-    assert len(wire.encode_update(update, 16)) == 37 + 2 * 6 + 2 * 300
+    assert len(wire.encode_update(update, 16, client="c")) == 37 + 2 * 6 + 2 * 300
 
 
 def projected(layout: Layout, asked: RunConfig, deltas: list[Tensor]) -> Update:

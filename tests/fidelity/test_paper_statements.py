@@ -304,8 +304,8 @@ def rebuilt(deltas: list[Tensor], config: RunConfig, layout: Layout, round: int,
     counts, coordinates = project(one, deltas, config, instruction(directions, round))
     sent = Update(round, b"d" * 16, Status.FINISHED, 50, 10, 1.0, coordinates.astype(np.float32), counts)
     update = wire.decode_update(
-        wire.encode_update(sent, config.scalar_bits), kind=Kind.COORDINATES, round=round, digest=b"d" * 16, max_steps=50,
-        blocks=layout.blocks, max_count=pool.size, bits=config.scalar_bits,
+        wire.encode_update(sent, config.scalar_bits, client="c"), kind=Kind.COORDINATES, round=round, digest=b"d" * 16,
+        client="c", max_steps=50, blocks=layout.blocks, max_count=pool.size, bits=config.scalar_bits,
     )  # fmt: skip
     state = replace(algorithm.start(config, layout), round=round - 1, pool=pool)
     step = algorithm.aggregate(state, {client: update}, config, layout).published(config.coefficient_bits).pools[-1]
@@ -530,7 +530,9 @@ def message_lengths(name: str, config: RunConfig, layout: Layout, filled: float 
         counts = allocate(np.ones(layout.blocks), np.array(layout.block_sizes), config.K, state.pool.size, "norm-sqrt-size")
     length = int(counts.sum()) or config.local_steps
     up = Update(1, b"d" * 16, Status.FINISHED, config.local_steps, 10, 1.0, np.ones(length, np.float32), counts)
-    return len(wire.encode_instruction(down, config.coefficient_bits)), len(wire.encode_update(up, config.scalar_bits))
+    return len(wire.encode_instruction(down, config.coefficient_bits)), len(
+        wire.encode_update(up, config.scalar_bits, client="c")
+    )
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,10 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
     "oversized": (lambda payload: payload + b"\0" * 100_000, "MalformedMessageError"),
     "NaN": (spoil_nan, "NonFiniteError"),
     "old round": (lambda payload: payload[:4] + b"\x07\0\0\0" + payload[8:], "MismatchError: The update is for round 7"),
-    "other model": (lambda payload: payload[:8] + b"?" * 16 + payload[24:], "MismatchError: The update starts from another"),
+    "other model": (
+        lambda payload: payload[:8] + b"?" * 16 + payload[24:],
+        "MismatchError: The update starts from another model, round or client",
+    ),
 }
 
 

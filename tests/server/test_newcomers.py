@@ -86,7 +86,10 @@ def test_without_min_clients_the_run_waits_for_all(settings: RunConfig) -> None:
 
 
 class MovingGrid(CountingGrid):
-    """Client 0 comes back as another node after round 2: the first node goes, the last one, with its id, connects."""
+    """Client 0 comes back as another node after round 2: the first node goes, the last one, with its id, connects.
+
+    Without keys, as in a deployment without node authentication, where a node has another id at each start.
+    """
 
     def get_node_ids(self) -> list[int]:
         first, *others, last = super().get_node_ids()
@@ -95,7 +98,8 @@ class MovingGrid(CountingGrid):
 
 def test_a_client_may_come_back_as_another_node(settings: RunConfig) -> None:
     moving = settings.replace(rounds=4, clients=4, clients_per_round=3, min_clients=3)
-    grid = MovingGrid(client.app.app, 4, moving.as_mapping(), node_configs={3: {"client-id": "0", "partition-id": 0}})
+    again = {3: {"client-id": "0", "partition-id": 0}}
+    grid = MovingGrid(client.app.app, 4, moving.as_mapping(), node_configs=again, registered=False)
     rows = go(moving, grid)
     assert [row["clients"] for row in rows[1:]] == [["0", "1", "2"]] * 4
     assert all(row["refused"] == {} for row in rows)

@@ -11,13 +11,13 @@ import pytest
 from flwr.app import Message
 
 import fedtune.algorithms.base
-import server.rounds
+import server.exchange
 import server.strategy
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS as RECORDS
 from fedtune.config import RunConfig
 from fedtune.errors import ContradictionError, DivergedError
-from fedtune.ledger import Ledger
+from fedtune.ledger import Ledger, Used
 from fedtune.progress import ClientStep, Event, listening
 from fedtune.replay import Rules, read_update, restore
 from fedtune.verify import verify
@@ -47,7 +47,7 @@ def _time_flies_while_the_server_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         ahead[0] += 1e6
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0], sleep=sleep)
-    monkeypatch.setattr(server.rounds, "time", clock)
+    monkeypatch.setattr(server.exchange, "time", clock)
 
 
 def lost(*lost_rounds: int, of: int = 4) -> Faults:
@@ -106,17 +106,17 @@ def test_a_deadline_returns_the_steps_that_are_done(name: str, settings: Setting
     whole = run(settings(name, out="two", rounds=1, local_steps=2))
     with Ledger.open(outcome.folder.path) as ledger, Ledger.open(whole.folder.path) as two:
         assert verify(ledger).rounds == 1
-        steps = [_steps(ledger, update.payload) for update in ledger.updates(1)]
+        steps = [_steps(ledger, update) for update in ledger.updates(1)]
         assert steps == [2] * settings(name).invited_per_round
         if RECORDS[SETTINGS[name]["algorithm"]].kind == wire.Kind.SCALARS and name != "fedkseed-two":
             assert [u.payload for u in ledger.updates(1)] == [u.payload for u in two.updates(1)]
     assert outcome.digests[1] != outcome.digests[0]
 
 
-def _steps(ledger: Ledger, payload: bytes) -> int:
+def _steps(ledger: Ledger, used: Used) -> int:
     rules = Rules.of(ledger.header)
     state = rules.start()
-    return read_update(rules, state, payload, round=1, digest=rules.digest(state)).steps
+    return read_update(rules, state, used.payload, round=1, digest=rules.digest(state), client=used.client).steps
 
 
 def test_a_client_is_told_to_stop_a_little_before_the_server_does(settings: Settings) -> None:
