@@ -229,14 +229,10 @@ class RunConfig(BaseModel):
     grace: float = Field(
         3.0,
         ge=0,
-        description="once min_replies, and at least half, of the clients that a round asks have answered, it waits for the "
-        "others this many times as long as that took (30 seconds at least, round_timeout at most); 0: for round_timeout",
+        description="slow clients have this many times as long as half (or min_replies) took, 30 s at least; 0: no end",
     )
     max_examples: int = Field(
-        1_000_000,
-        ge=1,
-        lt=2**32,
-        description="most training samples that a client may say it has: its weight in a round",
+        1_000_000, ge=1, lt=2**32, description="most training samples that a client may say it has: its weight in a round"
     )
     min_clients: int = Field(0, ge=0, description="clients without whom the first round does not begin; 0: all of them")
 

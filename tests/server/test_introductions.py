@@ -196,15 +196,21 @@ def test_a_made_up_error_type_is_not_trusted(settings: RunConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [{"examples": 0}, {"examples": "many"}, {"client": 3}], ids=["no samples", "not a number", "no id"]
+    ("broken", "text"),
+    [
+        ({"examples": 0}, "Client 0 was refused: it says that it has 0 training samples: a whole number"),
+        ({"examples": "many"}, "Client 0 was refused: it says that it has str training samples: a whole number"),
+        ({"client": 3}, "Node 0 was refused: A client id is 1 to 64 letters"),
+    ],
+    ids=["no samples", "not a number", "no id"],
 )
-def test_an_introduction_without_id_or_samples_is_refused(settings: RunConfig, broken: dict[str, object]) -> None:
-    with pytest.raises(WireError, match="without a client id or without samples"):
+def test_an_introduction_without_id_or_samples_is_refused(settings: RunConfig, broken: dict[str, object], text: str) -> None:
+    with pytest.raises(WireError, match=text):
         run(settings, handler=introducing(lambda partition, record: ConfigRecord({**record, **broken})))
 
 
 def test_two_nodes_with_one_id_are_told_apart(settings: RunConfig) -> None:
-    with pytest.raises(WireError, match="Two nodes call themselves client 0"):
+    with pytest.raises(WireError, match="another node is registered under the name '0'"):
         run(settings, handler=introducing(lambda partition, record: ConfigRecord({**record, "client": "0"})))
 
 
