@@ -227,12 +227,10 @@ class RunConfig(BaseModel):
     )
     wait_timeout: float = Field(600.0, gt=0, description="seconds to wait for enough clients to connect")
     grace: float = Field(
-        3.0,
-        ge=0,
-        description="slow clients have this many times as long as half (or min_replies) took, 30 s at least; 0: no end",
+        3.0, ge=0, description="the slow have this many times as long as half (or min_replies) took, 30 s at least; 0: no limit"
     )
     max_examples: int = Field(
-        1_000_000, ge=1, lt=2**32, description="most training samples that a client may say it has: its weight in a round"
+        1_000_000, ge=1, lt=2**32, description="most samples that a client may have: its weight in a round"
     )
     min_clients: int = Field(0, ge=0, description="clients without whom the first round does not begin; 0: all of them")
 
