@@ -310,6 +310,16 @@ def test_no_ledger_no_sqlite_another_database_and_a_newer_format(tmp_path: Path)
         Ledger.open(tmp_path / "new")
 
 
+def test_a_ledger_of_an_older_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    ledger, _ = begin(tmp_path / "old")
+    ledger.close()
+    with sqlite3.connect(ledger.path) as older:
+        older.execute("PRAGMA user_version = 2")
+    older.close()
+    with pytest.raises(ForeignLedgerError, match=r"has format 2, of an older fedtune; this program reads 3: use the fedtune"):
+        Ledger.open(tmp_path / "old")
+
+
 def test_a_second_ledger_in_a_folder_is_refused(run: tuple[Ledger, Rules]) -> None:
     run[0].close()
     with pytest.raises(LedgerError, match="exists already"):

@@ -11,13 +11,22 @@ from hypothesis import strategies as st
 
 from fedtune.algorithms import ALGORITHMS
 from fedtune.algorithms.base import server_rate
-from fedtune.algorithms.ferret import allocate, chosen_seeds, clip_pieces, most_coordinates, pool_size, scales
+from fedtune.algorithms.ferret import (
+    allocate,
+    check_update,
+    chosen_seeds,
+    clip_pieces,
+    most_coordinates,
+    pool_size,
+    scales,
+)
 from fedtune.config import RunConfig
-from fedtune.errors import ContradictionError
+from fedtune.errors import ContradictionError, MalformedMessageError
 from fedtune.layout import Layout
 from fedtune.wire import Status, Update
 
 LAYOUT = Layout.from_shapes([("a", (8,)), ("b", (6, 2)), ("c", (40,))], "tensor")
+SIZES = np.array(LAYOUT.block_sizes)
 
 
 def config(**changes: object) -> RunConfig:
@@ -175,3 +184,46 @@ def test_momentum_and_schedules_are_those_of_the_official_code() -> None:
             model += 3.0 * factor * decayed
             state = algorithm.aggregate(state, sent, asked, LAYOUT)
         np.testing.assert_allclose(state.values, model, rtol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- counts that are believed
+
+
+ALLOCATIONS = ["norm", "norm-sqrt-size", "uniform", "official"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=3, max_size=3),
+    st.sampled_from(ALLOCATIONS), st.integers(2, 400), st.integers(0, 60),
+)  # fmt: skip
+def test_whatever_a_client_allocates_is_accepted(norms: list[float], rule: str, total: int, size: int) -> None:
+    asked = config(K=total, pool_size=0 if rule == "official" else size, allocation=rule)
+    counts = allocate(np.array(norms), SIZES, asked.K, pool_size(asked, LAYOUT), rule)
+    if counts.any():
+        check_update(update(counts.tolist(), [1.0] * int(counts.sum())), asked, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("counts", "changes", "text"),
+    [
+        ([0, 0, 0], {}, "no coordinates: nothing moved, so it has no share"),
+        ([4, 4, 13], {}, "21 coordinates; 20 were asked for"),
+        ([4, 4, 11], {}, "19 coordinates; 20 were asked for"),
+        ([1, 0, 0], {}, "1 coordinates; 20 were asked for"),
+        ([9, 4, 7], {}, "Block 0 has 9 coordinates, of 8 at most"),
+        ([8, 12, 21], {"K": 300, "pool_size": 20}, "Block 2 has 21 coordinates, of 20 at most"),
+        ([8, 11, 20], {"K": 300, "pool_size": 20}, "39 coordinates; 40 were asked for"),
+        ([1, 20, 20], {"allocation": "official"}, "fewer than 2 coordinates"),
+        ([2, 20, 21], {"allocation": "official"}, "Block 2 has 21 coordinates, of 20 at most"),
+    ],
+)
+def test_counts_that_nobody_allocates_are_refused(counts: list[int], changes: dict[str, object], text: str) -> None:
+    with pytest.raises(MalformedMessageError, match=text):
+        check_update(update(counts, [1.0] * sum(counts)), config(**{"K": 20, **changes}), LAYOUT)
+
+
+def test_less_than_the_budget_is_right_where_every_block_that_moved_is_full() -> None:
+    asked = config(K=300, pool_size=20)
+    for counts in ([8, 12, 20], [8, 0, 0], [0, 12, 20]):
+        check_update(update(counts, [1.0] * sum(counts)), asked, LAYOUT)

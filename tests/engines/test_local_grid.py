@@ -54,6 +54,16 @@ def test_every_client_answers_its_own_message():
     assert "" not in ids
 
 
+def test_nodes_are_registered_as_in_a_deployment_unless_they_are_not():
+    nodes = LocalGrid(client_app(), 3, {}, node_configs={1: {"client-id": "another"}}).get_nodes()
+    assert [node.name for node in nodes] == ["0", "1", "2"]
+    assert len({node.public_key for node in nodes}) == 3
+    unknown = LocalGrid(client_app(), 2, {}, registered=False)
+    assert [(node.node_id, node.name, node.public_key) for node in unknown.get_nodes()] == [
+        (node, "", b"") for node in unknown.get_node_ids()
+    ]
+
+
 def test_node_ids_are_repeatable_and_say_nothing_about_the_client():
     first, again, other = (list(LocalGrid(echo, 20, {}, seed=seed).get_node_ids()) for seed in (1, 1, 2))
     assert first == again

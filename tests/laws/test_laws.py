@@ -5,6 +5,7 @@ Each law runs through the same ServerApp, ClientApp and message bytes as a deplo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig
 from fedtune.errors import DivergedError, Interrupted, MismatchError
 from fedtune.evaluation import response_loss
+from fedtune.ledger import Ledger
 from fedtune.progress import ClientStep, Event, clear_stop, listening, request_stop
 from fedtune.resident import Resident, release, resident
 from fedtune.run_folder import RunFolder
+from fedtune.verify import verify
 from fedtune.wire import Kind
 from simulations.engines.local_grid import Faults, LocalGrid
 from tests.laws.federation import ALGORITHMS, SETTINGS, config, payload_of, run, with_payload
@@ -203,6 +206,61 @@ def test_a_hostile_update_is_refused_named_and_changes_nothing(settings: Callabl
         Faults(drop=lambda message: message.metadata.message_type == "train" and message.metadata.dst_node_id == victim[0]),
     )
     assert attacked.digests == without.digests
+
+
+def huge(payload: bytes, blocks: int) -> bytes:
+    """Every number is 3e38 (32 bits); the counts of `blocks` blocks stay."""
+    start = 37 + 2 * blocks
+    return payload[:start] + np.full((len(payload) - start) // 4, 3e38, dtype="<f4").tobytes()
+
+
+def test_one_clients_huge_numbers_are_refused_by_name_and_the_others_count(
+    settings: Callable[..., RunConfig], name: str
+) -> None:
+    """They are finite, but the model would not be: the digest is that of the round without this client."""
+    asked = settings(rounds=1, scalar_bits=32)
+    layout = resident(asked).replica.layout
+    own = RECORDS[asked.algorithm].kind == Kind.COORDINATES and asked.coordinates == "own"
+    victim: list[int] = []
+
+    def tamper(message: Message, reply: Message) -> Message:
+        payload = payload_of(reply)
+        if payload is None or message.metadata.message_type != "train":
+            return reply
+        victim.append(message.metadata.dst_node_id)
+        other = message.metadata.dst_node_id != victim[0]
+        return reply if other else with_payload(reply, huge(payload, layout.blocks if own else 0))
+
+    attacked = run(asked, Faults(tamper=tamper))
+    with Ledger.open(attacked.folder.path) as ledger:
+        assert verify(ledger).digest == attacked.digests[-1]
+    if name == "ferret-official":  # which clips what each coordinate moves, as its code does
+        assert not attacked.refused
+        return
+    ((_, reason),) = attacked.refused.items()
+    assert re.match(r"NonFiniteError: it moves a coefficient by \d\.\d+e\+3\d, and with it the model does not fit", reason)
+    without = run(
+        asked.replace(out=asked.out + "-2", round_timeout=1.5),
+        Faults(drop=lambda message: message.metadata.message_type == "train" and message.metadata.dst_node_id == victim[0]),
+    )
+    assert attacked.digests == without.digests
+
+
+def test_an_update_of_another_client_of_the_round_is_refused_by_name(settings: Callable[..., RunConfig]) -> None:
+    """The first answer of a round, sent by all: it counts for the client that made it."""
+    asked = settings(rounds=1, clients_per_round=4)
+    first: list[bytes] = []
+
+    def tamper(message: Message, reply: Message) -> Message:
+        payload = payload_of(reply)
+        if payload is None or message.metadata.message_type != "train":
+            return reply
+        first.append(payload)
+        return with_payload(reply, first[0])
+
+    outcome = run(asked, Faults(tamper=tamper))
+    assert len(outcome.refused) == asked.invited_per_round - 1
+    assert all(why.startswith("MismatchError: It is the update of client 0") for why in outcome.refused.values())
 
 
 def test_a_replayed_update_is_refused(settings: Callable[..., RunConfig]) -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+import pytest
+
 from fedtune.config import RunConfig
+from fedtune.errors import RunError
+from fedtune.seeds import Stream
 from server.sampling import natural_order, sample_clients
 
 TEN = {str(client): 10 for client in range(10)}
@@ -36,6 +41,19 @@ def test_sampling_by_examples_prefers_large_clients() -> None:
     counts = Counter(sample_clients(config, number, sizes)[0] for number in range(1, 1001))
     assert abs(counts["0"] / 1000 - 0.7) < 0.06
     assert abs(counts["2"] / 1000 - 0.1) < 0.04
+
+
+def test_a_million_clients_with_as_many_samples_as_a_message_can_say_are_drawn_from() -> None:
+    """Their sum is beyond 2^40, where a draw once ended the run."""
+    weights = np.full(1_000_000, 2**32 - 1, dtype=np.int64)
+    drawn = Stream(1, "clients").weighted_subset(weights, 2)
+    assert drawn[0] < drawn[1] < 1_000_000
+
+
+def test_more_samples_than_can_be_drawn_from_are_refused() -> None:
+    config = RunConfig(clients=3, clients_per_round=1, sampling="examples")
+    with pytest.raises(RunError, match=f"have {2**57} samples together: lower max_examples"):
+        sample_clients(config, 1, {"0": 2**56, "1": 2**56})
 
 
 def test_natural_order() -> None:
