@@ -17,6 +17,7 @@ from fedtune.progress import check_stop
 from server.replies import answers
 
 POLL_SECONDS = 0.1
+NOT_SENT = "no answer: Flower did not take the message"
 LEAST_GRACE = 30.0  # seconds; a message, the start of a ClientApp and the polls of Flower alone can take 10
 
 
@@ -29,11 +30,11 @@ class Patience:
         enough: answers of use after which the grace begins.
 
     Attributes:
-        closed: why nobody was waited for any more; "" if all answered.
+        closed: why a client has not answered: how long it was waited for, or NOT_SENT.
     """
 
     def __init__(self, *, timeout: float, grace: float, enough: int) -> None:
-        self.timeout, self.grace, self.enough, self.closed = timeout, grace, enough, ""
+        self.timeout, self.grace, self.enough, self.closed = timeout, grace, enough, NOT_SENT
         self._asked = self._useful = 0
         self._began = self._since = time.monotonic()
         self._allowed = math.inf  # seconds from `_since` on

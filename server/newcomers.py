@@ -45,8 +45,9 @@ class Newcomers:
     def greet(self) -> None:
         """Take the answers that have come, and ask the nodes that are new, were away or are in doubt, who they are."""
         connected = connected_nodes(self.grid)
+        self._waiting = {message_id: node for message_id, node in self._waiting.items() if node.id in connected}
         self._asked &= connected.keys()  # one that comes back has lost what it kept, and may be another machine
-        self._asked -= self.strategy.roster.doubtful()
+        self._asked -= self.strategy.roster.doubtful() - {node.id for node in self._waiting.values()}
         questions = self.strategy.configure_introduction(connected.keys() - self._asked)
         if questions:
             self._ask(questions, connected)
@@ -63,8 +64,7 @@ class Newcomers:
         self._waiting.update({message_id: connected[node] for message_id, node in zip(ids, nodes, strict=True) if message_id})
 
     def _take(self, replies: list[Message], connected: Mapping[int, Node]) -> list[FedtuneError]:
-        here = {message_id: node for message_id, node in self._waiting.items() if node.id in connected}
-        problems = self.strategy.roster.accept(here, replies, connected)
+        problems = self.strategy.roster.accept(self._waiting, replies, connected)
         for reply in replies:
             self._waiting.pop(answers(reply), None)
         return problems

@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message
 from fedtune.coefficients import PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, MalformedMessageError, MismatchError, RunError
-from fedtune.foreign import client_id
+from fedtune.foreign import client_id, for_file
 from fedtune.progress import Note, emit
 from server.nodes import Node
 from server.replies import answers, content_of, record_of
@@ -81,7 +81,7 @@ class Roster:
             try:
                 self._take(node, content_of(reply), claims)
             except FedtuneError as problem:
-                refusal = type(problem)(f"{_called(reply, node)} was refused: {problem}", **problem.facts)
+                refusal = type(problem)(for_file(f"{_called(reply, node)} was refused: {problem}"), **problem.facts)
                 problems.append(refusal)
                 emit(Note(str(refusal), warning=True))
         return problems

@@ -145,9 +145,9 @@ class CoefficientStrategy(Strategy):
 
     def note_sent(self, sent: Iterable[Message]) -> None:
         """Count what was sent, once Flower has given the messages their ids."""
-        messages = list(sent)
+        pushed = {id(message) for message in sent}
         for client, message in self._asked.items():
-            if any(message is one for one in messages):
+            if id(message) in pushed:
                 self._count(client, sent_down(message))
 
     def _client_of(self) -> dict[str, str]:
@@ -164,7 +164,7 @@ class CoefficientStrategy(Strategy):
                 continue
             self._count(client, sent_up(reply))
             self._take(server_round, client, reply)
-        for client in sorted(client_of.values(), key=natural_order):
+        for client in sorted(set(tally.clients) - set(tally.updates) - set(tally.refused), key=natural_order):
             self.clients[client].known = None
             self._finished(server_round, client, tally.closed)
         self._move(server_round, {client: tally.updates[client] for client in sorted(tally.updates, key=natural_order)})
@@ -239,7 +239,7 @@ class CoefficientStrategy(Strategy):
         moved, too_large = publishable(self.rules, self.state, updates)
         for client, reason in too_large.items():
             self._refuse(server_round, client, f"{NonFiniteError.__name__}: {reason}")
-        needed, usable = self.config.needed_replies, self.tally.updates
+        needed, usable = self.config.needed_replies, dict(self.tally.updates)
         self.tally.short = len(usable) < needed
         if self.tally.short:
             for client in sorted(usable, key=natural_order):
@@ -253,8 +253,7 @@ class CoefficientStrategy(Strategy):
 
     def _refuse(self, server_round: int, client: str, problem: str) -> None:
         """Take back an update that was read."""
-        self.tally.updates = {name: update for name, update in self.tally.updates.items() if name != client}
-        self.tally.payloads = {name: payload for name, payload in self.tally.payloads.items() if name != client}
+        del self.tally.updates[client], self.tally.payloads[client]
         self._finished(server_round, client, problem)
 
     def _publish(self) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fedtune.errors import MalformedMessageError
+from client.app import identity
+from fedtune.config import RunConfig
+from fedtune.control import Command, Order, send
+from fedtune.errors import ConfigError, ControlError, MalformedMessageError
 from fedtune.foreign import LONGEST_LINE, LONGEST_TEXT, client_id, for_file, for_screen
+from fedtune.run_folder import RunFolder
 
 ACTING = ("\x1b[2J", "\x9b31m", "\r\nINFO : round 9", "\x07", "\x00", "\u202e", "\u2066", "\u2028", "\ud83d", "\x7f")
 
@@ -43,6 +49,21 @@ def test_a_client_id_has_one_form() -> None:
     for bad in ("", "a" * 65, "[/]", "a\nb", "a\x00b", "\u00b2", "\u0663", " a", "-a", "a b", "Zürich", 7, None, b"a", ["a"]):
         with pytest.raises(MalformedMessageError, match="A client id is"):
             client_id(bad)
+
+
+def test_every_place_that_takes_an_id_asks_for_its_form(tmp_path: Path) -> None:
+    """Node config, `fedtune drop` (what is sent, and what lies in a run's folder), `only_client`."""
+    here = SimpleNamespace(node_config={"client-id": "[/]"})
+    with pytest.raises(ConfigError, match=r"not '\[/\]': change client-id in the node config \(CLIENT_ID in node\.env\)"):
+        identity(here)  # type: ignore[arg-type]
+    with pytest.raises(ControlError, match=r"not '\[/\]': `fedtune ledger show` lists the clients"):
+        send(RunFolder(tmp_path), Order(Command.DROP, "[/]"))
+    with pytest.raises(ControlError, match="A client id is"):
+        Order.read(b'{"command": "drop", "client": "[/]"}')
+    with pytest.raises(ConfigError, match=r"A client id is .*: change only_client"):
+        RunConfig(algorithm="local", only_client="[/]")
+    assert identity(SimpleNamespace(node_config={"partition-id": 3})).client == "3"  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_hostile_text_takes_no_time() -> None:

@@ -8,7 +8,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 import server.exchange
-from server.exchange import LEAST_GRACE, Patience, exchange
+from server.exchange import LEAST_GRACE, NOT_SENT, Patience, exchange
 from server.replies import looks_usable
 from simulations.engines import flower_internals as internals
 
@@ -74,7 +74,7 @@ def ask(clock: Clock, grid: TimedGrid, *, enough: int = 0, grace: float = 3.0) -
 
 def test_when_all_have_answered_it_closes_at_once(clock: Clock) -> None:
     answered, took, why = ask(clock, TimedGrid(clock, {2: 100.0, 3: 200.0, 4: 300.0}))
-    assert (answered, why) == ([2, 3, 4], "")
+    assert (answered, why) == ([2, 3, 4], NOT_SENT)
     assert took == pytest.approx(300.0, abs=1.0)
 
 
@@ -116,7 +116,7 @@ def test_clients_that_work_one_after_another_are_all_waited_for(clock: Clock) ->
     for count in (2, 3, 10, 25):
         answered, _, why = ask(clock, TimedGrid(clock, {2 + i: 40.0 * (i + 1) for i in range(count)}))
         assert len(answered) == count
-        assert why == ""
+        assert why == NOT_SENT
 
 
 def test_a_second_exchange_has_the_grace_that_the_first_one_earned(clock: Clock) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from fedtune.progress import Event, Note, listening
 from fedtune.replay import Rules
 from fedtune.selftest import encode, self_test
 from fedtune.verify import verify
+from server.exchange import NOT_SENT
 from server.nodes import Node
 from server.strategy import CoefficientStrategy
 from simulations.engines import flower_internals as internals
@@ -224,6 +225,44 @@ def test_a_late_answer_to_a_closed_round_is_not_the_next_rounds(asked: RunConfig
     assert {key for key in outcome.refused} == {f"2/{client}" for client in range(4)}
     assert outcome.digests[1] == outcome.digests[2]
     refused_everywhere(outcome)
+
+
+def test_who_does_not_say_who_it_is_is_not_asked_again_and_again(asked: RunConfig) -> None:
+    """Client 1 sends what another one measured in every round, and does not answer the question that this leads to."""
+    questions: list[int] = []
+    second = LocalGrid(client.app.app, 4, {}, seed=asked.seed).get_node_ids()[1]
+
+    def drop(message: Message) -> bool:
+        questions.extend([1] if message.metadata.message_type == "query" and message.metadata.dst_node_id == second else [])
+        return len(questions) > 1 and message.metadata.message_type == "query"
+
+    def tamper(message: Message, reply: Message) -> Message:
+        payload = payload_of(reply)
+        wrong = payload is not None and message.metadata.dst_node_id == second
+        return with_payload(reply, payload[:8] + b"?" * 16 + payload[24:]) if wrong and payload else reply
+
+    outcome = run(asked.replace(rounds=6, clients_per_round=4), Faults(drop=drop, tamper=tamper))
+    assert set(outcome.refused) == {f"{number}/1" for number in range(1, 7)}
+    assert len(questions) == 2
+
+
+class Deaf(LocalGrid):
+    """Takes no training message for its first two nodes, as Flower where one is too large."""
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str | None]:  # type: ignore[override]
+        deaf, ids = self.get_node_ids()[:2], []
+        for message in messages:
+            refused = message.metadata.message_type == "train" and message.metadata.dst_node_id in deaf
+            ids += [None] if refused else super().push_messages([message])
+        return ids
+
+
+def test_clients_to_whom_nothing_could_be_sent_are_named(asked: RunConfig) -> None:
+    grid = Deaf(client.app.app, 4, asked.as_mapping())
+    server.app.app(grid, grid.server_context())
+    with Ledger.open(Path(asked.out)) as ledger:
+        assert verify(ledger).rounds == 2
+        assert {reason for row in ledger.rounds() for reason in row.refused.values()} == {NOT_SENT}
 
 
 # ---------------------------------------------------------------------------------------------------- anything at all
