@@ -28,9 +28,9 @@ def loss(
     """
     config = presets.choose(preset, [*settings, *([f"model='{model}'"] if model else [])]).config
     from fedtune.evaluation import evaluate
-    from fedtune.resident import resident
+    from fedtune.resident import renewed
 
-    here = resident(config)
+    here = renewed(config)
     here.load()
     found = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
     fingerprint = here.replica.fingerprint.hex()
