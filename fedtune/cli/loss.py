@@ -26,7 +26,7 @@ def loss(
 
     [bold]fedtune loss demo_fedkseed --model tuned[/bold]   what export or apply wrote: the run's last loss, digit by digit
     """
-    config = presets.choose(preset, [*settings, *([f"model='{model}'"] if model else [])]).config
+    config = presets.choose(preset, settings, {"model": model} if model else None).config
     from fedtune.evaluation import evaluate
     from fedtune.resident import renewed
 
