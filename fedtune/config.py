@@ -207,7 +207,9 @@ class RunConfig(BaseModel):
     partition: Literal["iid", "dirichlet", "column", "quantity"] = Field(
         "iid", description="iid, dirichlet (label skew), column (one value of category_column a client), quantity skew"
     )
-    dirichlet_alpha: float = Field(0.5, gt=0, description="concentration of dirichlet and quantity; smaller is more skewed")
+    dirichlet_alpha: float = Field(
+        0.5, gt=0, le=1_000_000, description="concentration of dirichlet and quantity; smaller is more skewed"
+    )
     min_samples: int = Field(10, ge=1, le=1_000_000, description="fewest usable samples a client may get")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of the rows held out for evaluation")
     holdout_category: str = Field("", description="hold out all rows of this category instead")
