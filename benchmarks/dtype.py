@@ -60,36 +60,35 @@ def _row(name: str, rule: str, shared: Path, options: Options) -> Row:
         device=str(options.device),
         threads=options.threads,
     )
-    own, rebuilt = _ours(Resident(config))
+    own, rebuilt = _ours(Resident(config), config)
     conditions = f"{steps} steps, K = 1024; loss of client / rebuilt: ours {own:.3f} / {rebuilt:.3f}"
     theirs = None
     if rule == "nearest":  # the official code has no other
-        official_own, official_rebuilt = _official(Resident(config))
+        official_own, official_rebuilt = _official(Resident(config), config)
         theirs = abs(official_own - official_rebuilt)
         conditions += f", official {official_own:.3f} / {official_rebuilt:.3f}"
     return Row(_name(name, rule), "nats", abs(own - rebuilt), theirs, TOLERANCE, conditions, at_most_of_limit=1.0)
 
 
-def _ours(here: Resident) -> tuple[float, float]:
-    config, algorithm, replica = here.config, here.algorithm, here.replica
+def _ours(here: Resident, config: RunConfig) -> tuple[float, float]:
+    algorithm, replica = here.algorithm, here.replica
     state = algorithm.start(config, replica.layout)
     published = state.published(config.coefficient_bits)
-    digest = replica.become(published)
-    replica.touch()
+    digest = published.digest(replica.fingerprint)
     weights = algorithm.draw_weights(state)
     instruction = Instruction(1, replica.fingerprint, replica.layout.digest, digest, 0, published.pools, weights)
-    work = here.work(CLIENT, here.data.clients[0], 1, state.pool)
+    work = here.work(config, CLIENT, here.data.clients[0], 1, published)
     update = algorithm.local_update(work, config, instruction)
-    own = _heldout(here)
+    own = _heldout(here, config)
     after = algorithm.aggregate(state, {CLIENT: update}, config, replica.layout)
     replica.become(after.published(config.coefficient_bits))
-    return own, _heldout(here)
+    return own, _heldout(here, config)
 
 
 @torch.no_grad()
-def _official(here: Resident) -> tuple[float, float]:
+def _official(here: Resident, config: RunConfig) -> tuple[float, float]:
     """The same model, batches and number of steps with the official step; then the official rebuild from w0."""
-    config, lm = here.config, here.language_model
+    lm = here.language_model
     weights = list(lm.model.parameters())
     start = [weight.detach().clone() for weight in weights]
     stream = Stream(config.seed, "batches", 1, CLIENT)
@@ -100,13 +99,13 @@ def _official(here: Resident) -> tuple[float, float]:
         gradient = official.step(weights, lambda inputs=inputs: response_loss(lm.model, inputs), seed, config.eps, config.lr)
         if math.isfinite(gradient):
             accumulated[seed] = accumulated.get(seed, 0.0) + gradient
-    own = _heldout(here)
+    own = _heldout(here, config)
     for weight, before in zip(weights, start, strict=True):
         weight.data = before
     for seed, gradient in accumulated.items():
         official.update(weights, seed, gradient, config.lr)
-    return own, _heldout(here)
+    return own, _heldout(here, config)
 
 
-def _heldout(here: Resident) -> float:
-    return evaluate(here.language_model, here.data.heldout, here.config.eval_batch_size).loss
+def _heldout(here: Resident, config: RunConfig) -> float:
+    return evaluate(here.language_model, here.data.heldout, config.eval_batch_size).loss

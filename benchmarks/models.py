@@ -92,6 +92,7 @@ class Client:
         state = self.resident.algorithm.start(config, self.layout)
         signs = np.where(np.arange(state.values.size) % 2 == 0, 1e-7, -1e-7).reshape(state.values.shape)
         self._state = replace(state, values=signs)
+        self._started: LocalWork | None = None
 
     @property
     def layout(self) -> Layout:
@@ -99,17 +100,17 @@ class Client:
 
     def round(self) -> Update:
         """What a worker does in a round: rebuild the model of the instruction, run the local steps."""
-        replica = self.resident.replica
-        digest = replica.become(self.coefficients())
-        replica.touch()
-        return self.local_update(digest)
+        self._started = self._work()
+        return self.local_update()
 
-    def local_update(self, digest: bytes = bytes(16)) -> Update:
-        """The local steps alone, from the weights as they are."""
-        algorithm, replica = self.resident.algorithm, self.resident.replica
-        pools, weights = self.coefficients().pools, self.draw_weights()
-        instruction = Instruction(1, replica.fingerprint, self.layout.digest, digest, 0, pools, weights)
-        return algorithm.local_update(self._work(), self.config, instruction)
+    def local_update(self) -> Update:
+        """The local steps alone, from the weights as they are, those of the instruction the first time."""
+        self._started = self._started or self._work()
+        model, here = self.coefficients(), self.resident
+        digest = model.digest(here.replica.fingerprint)
+        weights = self.draw_weights()
+        instruction = Instruction(1, here.replica.fingerprint, self.layout.digest, digest, 0, model.pools, weights)
+        return here.algorithm.local_update(self._started, self.config, instruction)
 
     def coefficients(self) -> Coefficients:
         """The model of the state, as the server publishes it."""
@@ -120,4 +121,4 @@ class Client:
         return self.resident.algorithm.draw_weights(self._state)
 
     def _work(self) -> LocalWork:
-        return self.resident.work("client", self._samples, 1, self._state.pool)
+        return self.resident.work(self.config, "client", self._samples, 1, self.coefficients())

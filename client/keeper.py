@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from client.files import folder_stamp, source_digest
 from client.identity import Identity, Introduction
 from client.pools import KeptPools
 from fedtune.config import RunConfig
@@ -44,7 +43,6 @@ class Keeper:
     def __init__(self) -> None:
         self.loaded = Loaded()
         self._pools = KeptPools()
-        self._files: tuple[bytes, ...] = ()
         self._here: weakref.ref[Resident] | None = None
 
     def introduce(self, config: RunConfig, identity: Identity) -> Introduction:
@@ -80,20 +78,15 @@ class Keeper:
 
     def _load(self, config: RunConfig) -> None:
         """Have the model of `config` in memory, alone, from the files as they are now."""
-        from client.worker import forget
-        from fedtune.resident import release, resident
+        from fedtune.resident import renewed
 
-        here = resident(config)  # drops the one before if it is another
+        here = renewed(config)  # drops the one before if it is another
         if self._here is not None and self._here() is here:
-            if self._files == _files(config, here):
-                return
-            release()
-            here = resident(config)
+            return
         self._let_go()
-        forget()
-        files, lm, fingerprint = _files(config, here), here.language_model, here.replica.fingerprint
+        lm, fingerprint = here.language_model, here.replica.fingerprint
         self.loaded = Loaded(lm.source, str(lm.device), fingerprint, self.loaded.loads + 1)
-        self._files, self._here = files, weakref.ref(here)
+        self._here = weakref.ref(here)
 
     def _let_go(self) -> None:
         """Free the memory of a model that is not used any more, before another one is loaded."""
@@ -103,8 +96,3 @@ class Keeper:
         torch = sys.modules["torch"]
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-
-def _files(config: RunConfig, here: Resident) -> tuple[bytes, ...]:
-    """Names the files behind the model and the data of `config`; loads the model if it is not."""
-    return folder_stamp(here.language_model.folder), source_digest(config.data), source_digest(config.holdout_file)

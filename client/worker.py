@@ -8,39 +8,37 @@ from __future__ import annotations
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
-from client.files import source_digest
 from client.identity import Identity, Introduction
 from fedtune import wire
 from fedtune.algorithms.base import pool_number
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.data.encode import Encoded
-from fedtune.data.federated import load_local
 from fedtune.directions import Pool
 from fedtune.errors import ConfigError, MismatchError, StaleReplicaError, WireError
 from fedtune.resident import Resident, resident
 from fedtune.selftest import encode, self_test
 
+DECODED_BYTES = 64 << 20  # of pools that clients kept, decoded
+
 
 class Worker:
-    """Trains for clients of one run."""
+    """Trains for clients of one run; of an earlier one it finds the model and the data at most (`fedtune.resident`)."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
-    @property
-    def _resident(self) -> Resident:
-        return resident(self.config)
-
     def introduce(self, identity: Identity) -> Introduction:
         """Load model and data, and say which base model, how many samples and which directions this client has."""
-        replica = self._resident.replica
-        examples = len(self._samples(identity))
-        test = encode(self_test(self._pool(0), str(self._resident.language_model.device)))
+        here = resident(self.config)
+        replica = here.replica
+        examples = len(self._samples(here, identity))
+        pool = here.algorithm.pool(self.config, replica.layout, 0)
+        test = encode(self_test(pool, str(here.language_model.device)))
         return Introduction(identity.client, examples, replica.fingerprint, replica.layout.digest, test)
 
     def train(
@@ -62,12 +60,16 @@ class Worker:
             WireError: the message is damaged or for another model; nothing was changed.
         """
         deadline = time.monotonic() + seconds
-        here, config = self._resident, self.config
+        here, config = resident(self.config), self.config
         replica, algorithm = here.replica, here.algorithm
         blocks, bits = replica.layout.blocks, config.coefficient_bits
         most_pools = pool_number(config, config.rounds) + 1
-        kept = _Kept(held, self._pool, blocks, bits)
-        instruction = wire.decode_instruction(message, self._pool, most_pools, blocks, bits, kept.pool)
+
+        def pool_at(number: int) -> Pool:
+            return algorithm.pool(config, replica.layout, number)
+
+        kept = _Kept(held, pool_at, blocks, bits)
+        instruction = wire.decode_instruction(message, pool_at, most_pools, blocks, bits, kept.pool)
         if instruction.fingerprint != replica.fingerprint or instruction.layout != replica.layout.digest:
             raise MismatchError(
                 "The server trains another base model: client and server need the same files, dtype and algorithm."
@@ -79,8 +81,7 @@ class Worker:
             if kept.used:
                 raise StaleReplicaError("What this client kept does not lead to the model that the server announced.") from None
             raise
-        replica.touch()
-        work = here.work(identity.client, self._samples(identity), instruction.round, instruction.pools[-1].pool)
+        work = here.work(config, identity.client, self._samples(here, identity), instruction.round, everything)
         update = algorithm.local_update(replace(work, deadline=deadline), config, instruction)
         differs = [pool for pool in instruction.pools if not pool.pool.disjoint]  # the others are never built upon
         keep = [*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in differs)]
@@ -88,22 +89,18 @@ class Worker:
         sent = wire.encode_update(update, config.scalar_bits, client=identity.client, with_counts=not chosen)
         return sent, keep
 
-    def _samples(self, identity: Identity) -> tuple[Encoded, ...]:
+    def _samples(self, here: Resident, identity: Identity) -> tuple[Encoded, ...]:
         if identity.data and self.config.algorithm == "central":
             raise ConfigError("algorithm = central trains on the data of all clients in one place: leave the node's data away.")
         if identity.data:
-            return _own_file(self.config, identity.data, source_digest(identity.data))
-        shares = self._resident.data.clients
+            return here.own_file(identity.data)
+        shares = here.data.clients
         if identity.partition >= len(shares):
             raise ConfigError(
                 f"This node is client {identity.partition} but the data is divided over {len(shares)}: "
                 "set clients to the number of nodes, or give the node its own file with --node-config 'data=\"PATH\"'."
             )
-        return tuple(self._resident.algorithm.samples(shares, identity.partition))
-
-    def _pool(self, number: int) -> Pool:
-        here = self._resident
-        return here.algorithm.pool(self.config, here.replica.layout, number)
+        return tuple(here.algorithm.samples(shares, identity.partition))
 
 
 class _Kept:
@@ -119,7 +116,7 @@ class _Kept:
         if number >= len(self._held):
             return None
         try:
-            return _stored_pool(self._held[number], self._pool_at(number), self._blocks, self._bits)
+            return _decoded.pool(self._held[number], self._pool_at(number), self._blocks, self._bits)
         except WireError:
             return None
 
@@ -131,22 +128,37 @@ class _Kept:
         return found
 
 
-@lru_cache(maxsize=64)
-def _own_file(config: RunConfig, path: str, digest: bytes) -> tuple[Encoded, ...]:
-    return load_local(config, resident(config).language_model.tokenizer, path)
+class _Decoded:
+    """Pools that were decoded from bytes, so that each is decoded once; those that were used longest ago make room.
+
+    What is found depends on the key and on nothing else.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._bytes = most_bytes, 0
+        self._pools: OrderedDict[tuple[bytes, Pool, int, int], PoolCoefficients] = OrderedDict()
+
+    def pool(self, data: bytes, pool: Pool, blocks: int, bits: int) -> PoolCoefficients:
+        """As `wire.decode_pool`."""
+        key = data, pool, blocks, bits
+        if key not in self._pools:
+            self._pools[key] = wire.decode_pool(data, pool, blocks, bits)
+            self._bytes += _size(data, self._pools[key])
+        self._pools.move_to_end(key)
+        found = self._pools[key]
+        while self._bytes > self._most_bytes and self._pools:
+            (encoded, *_), dropped = self._pools.popitem(last=False)
+            self._bytes -= _size(encoded, dropped)
+        return found
 
 
-@lru_cache(maxsize=512)
-def _stored_pool(data: bytes, pool: Pool, blocks: int, bits: int) -> PoolCoefficients:
-    return wire.decode_pool(data, pool, blocks, bits)
+def _size(data: bytes, decoded: PoolCoefficients) -> int:
+    return len(data) + decoded.q.nbytes + decoded.exponents.nbytes
 
 
-def forget() -> None:
-    """Drop the samples that were read from clients' own files: the tokenizer may have changed."""
-    _own_file.cache_clear()
+_decoded = _Decoded(DECODED_BYTES)
 
 
-@lru_cache(maxsize=2)
 def worker(config: RunConfig) -> Worker:
     """The worker of this process for `config`."""
     return Worker(config)

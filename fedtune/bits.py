@@ -109,7 +109,9 @@ def pack_scalars(values: F32, bits: int) -> bytes:
         upper = np.where(finite, (raw + 0x7F + ((raw >> 8) & 1)) >> 8, np.where(np.isnan(plain), 0x7E, raw >> 8))
         return upper.astype(np.uint8).tobytes()
     wide = plain.view("<u4").astype(np.uint64)
-    return ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    rounded = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16
+    quiet = (wide >> 16) | 0x40  # a NaN whose lower bits are set would be rounded up to a zero, or down to an infinity
+    return np.where(np.isnan(plain), quiet, rounded).astype("<u2").tobytes()
 
 
 def unpack_scalars(data: bytes, bits: int) -> F32:

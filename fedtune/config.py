@@ -12,18 +12,21 @@ import difflib
 import math
 import os
 import re
-import tomllib
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from fedtune import methods
-from fedtune.contradictions import refuse_contradictions
+from fedtune import methods, toml
+from fedtune.contradictions import refuse_contradictions, refuse_overwritten
 from fedtune.errors import ConfigError, UnknownSettingError
+from fedtune.foreign import for_screen
+from fedtune.values import check_names, checked, kind_of, refused
 
 Scalar = methods.Scalar
+YEAR = 31_536_000.0  # seconds: longer than any run, and short enough for every clock
 
 _ALIASES = {  # what others call a setting, for the hint in an error
     "learning_rate": "lr",
@@ -56,7 +59,7 @@ class RunConfig(BaseModel):
         ConfigError: a value out of range or of the wrong type.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     # ------------------------------------------------------------------ the method
     algorithm: Literal["fedkseed", "fedkseed-pro", "ferret", "fedavg", "lora", "fedzo", "decomfl", "local", "central"] = Field(
@@ -68,14 +71,15 @@ class RunConfig(BaseModel):
     rounds: int = Field(10, ge=1, le=1_000_000, description="server rounds")
     clients: int = Field(8, ge=1, le=1_000_000, description="clients in the federation (nodes to wait for in a deployment)")
     client_fraction: float = Field(0.5, gt=0, le=1, description="share of the clients asked each round (m in the papers)")
-    clients_per_round: int = Field(0, ge=0, description="number asked each round; 0: from client_fraction")
+    clients_per_round: int = Field(0, ge=0, le=1_000_000, description="number asked each round; 0: from client_fraction")
     local_steps: int = Field(
         50,
         ge=1,
+        le=1_000_000,
         description="optimisation steps per client and round (tau in FedKSeed, T in Ferret); central does those of all clients "
         "that a round would ask",
     )
-    batch_size: int = Field(1, ge=1, description="samples per step (micro-batch for Ferret)")
+    batch_size: int = Field(1, ge=1, le=65536, description="samples per step (micro-batch for Ferret)")
     lr: float = Field(3e-5, gt=0, description="local learning rate (eta)")
     sampling: Literal["uniform", "examples"] = Field(
         "uniform", description="chance of a client to be asked: equal, or in proportion to its samples"
@@ -106,7 +110,7 @@ class RunConfig(BaseModel):
     )
     local_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of optimizer momentum")
     accumulate: int = Field(
-        1, ge=1, description="first order: micro-batches per step (n_accum); above 1 all gradients are in memory"
+        1, ge=1, le=65536, description="first order: micro-batches per step (n_accum); above 1 all gradients are in memory"
     )
     clip_norm: float = Field(
         0.0,
@@ -138,6 +142,7 @@ class RunConfig(BaseModel):
     lora_alpha: float = Field(16.0, gt=0, description="lora: an adapter's product is scaled by lora_alpha / lora_rank")
     lora_targets: str = Field(
         "auto",
+        min_length=1,
         description="lora: names of the layers that get an adapter, with commas between; auto: all linear ones but the head",
     )
     only_client: str = Field("", description="local: id of the client that trains; '': the first")
@@ -149,7 +154,9 @@ class RunConfig(BaseModel):
         "for parity: docs/fidelity.md)",
     )
     rank: int = Field(1, ge=1, le=256, description="lowrank: rank of a matrix's direction")
-    pool_every: int = Field(0, ge=0, description="rounds after which a fresh pool is drawn; 0: one pool for the run")
+    pool_every: int = Field(
+        0, ge=0, le=1_000_000, description="rounds after which a fresh pool is drawn; 0: one pool for the run"
+    )
     # ------------------------------------------------------------------ wire
     coefficient_bits: int = Field(
         0,
@@ -163,7 +170,7 @@ class RunConfig(BaseModel):
         "0: 16, for full weights 32",
     )
     # ------------------------------------------------------------------ model
-    model: str = Field("embedded", description="folder, hub name, or 'embedded' (ships with fedtune)")
+    model: str = Field("embedded", min_length=1, description="folder, hub name, or 'embedded' (ships with fedtune)")
     revision: str = Field("", description="revision of a hub model")
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of the weights")
@@ -172,7 +179,7 @@ class RunConfig(BaseModel):
         description="how a client's steps are rounded to 16-bit weights: nearest, stochastic (up or down by chance, right in "
         "the mean) or master (a float32 copy takes the steps; twice the weights more memory)",
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:N or mps")
     device_map: Literal["none", "auto", "balanced", "sequential"] = Field(
         "none", description="spread the model's layers over all GPUs, as accelerate does (extra multi-gpu); none: one device"
     )
@@ -181,9 +188,11 @@ class RunConfig(BaseModel):
         description="fedkseed: weights stay in host memory and go to the device module by module, so that the model need not "
         "fit it",
     )
-    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: 1 below 20 M parameters, else all cores")
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads of torch; 0: 1 below 20 M parameters, else all cores")
     # ------------------------------------------------------------------ data
-    data: str = Field("embedded", description="JSON, JSONL or Parquet file, hub:NAME, DATASET:PATH, or 'embedded'")
+    data: str = Field(
+        "embedded", min_length=1, description="JSON, JSONL or Parquet file, hub:NAME, DATASET:PATH, or 'embedded'"
+    )
     instruction_column: str = Field("instruction", description="column with the instruction")
     input_column: str = Field("input", description="column with the optional input; '' for none")
     output_column: str = Field("output", description="column with the response that is trained on")
@@ -193,46 +202,60 @@ class RunConfig(BaseModel):
         description="how a sample becomes a prompt: alpaca, fedkseed (its official code's sentence), "
         "chat (the tokenizer's template) or plain",
     )
-    max_length: int = Field(256, ge=8, description="tokens of prompt and response together")
+    max_length: int = Field(256, ge=8, le=2**20, description="tokens of prompt and response together")
     # ------------------------------------------------------------------ partition
     partition: Literal["iid", "dirichlet", "column", "quantity"] = Field(
         "iid", description="iid, dirichlet (label skew), column (one value of category_column a client), quantity skew"
     )
-    dirichlet_alpha: float = Field(0.5, gt=0, description="concentration of dirichlet and quantity; smaller is more skewed")
-    min_samples: int = Field(10, ge=1, description="fewest usable samples a client may get")
+    dirichlet_alpha: float = Field(
+        0.5, gt=0, le=1_000_000, description="concentration of dirichlet and quantity; smaller is more skewed"
+    )
+    min_samples: int = Field(10, ge=1, le=1_000_000, description="fewest usable samples a client may get")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of the rows held out for evaluation")
     holdout_category: str = Field("", description="hold out all rows of this category instead")
     holdout_file: str = Field("", description="evaluate on this file instead")
     # ------------------------------------------------------------------ evaluation
     eval_every: int = Field(
-        1, ge=0, description="evaluate every n rounds (always before the first and after the last); 0: only those"
+        1, ge=0, le=1_000_000, description="evaluate every n rounds (always before the first and after the last); 0: only those"
     )
-    eval_samples: int = Field(0, ge=0, description="held-out samples to use; 0: all")
-    eval_batch_size: int = Field(16, ge=1, description="samples per evaluation batch (changes no result)")
-    generate_samples: int = Field(0, ge=0, description="held-out samples to generate for ROUGE-L and exact match; 0: none")
-    max_new_tokens: int = Field(128, ge=1, description="longest generated response")
+    eval_samples: int = Field(0, ge=0, le=2**31, description="held-out samples to use; 0: all")
+    eval_batch_size: int = Field(16, ge=1, le=65536, description="samples per evaluation batch (changes no result)")
+    generate_samples: int = Field(
+        0, ge=0, le=2**31, description="held-out samples to generate for ROUGE-L and exact match; 0: none"
+    )
+    max_new_tokens: int = Field(128, ge=1, le=100_000, description="longest generated response")
     # ------------------------------------------------------------------ the run
     out: str = Field("", description="run folder; '': runs/<preset>-<date>-<time>")
     resume: str = Field("", description="run folder of a run to carry on, with the settings that it had (docs/ledger.md)")
     over_selection: float = Field(
         0.0, ge=0, le=100, description="share of further clients asked each round, against failures; all that answer are used"
     )
-    min_replies: int = Field(0, ge=0, description="usable updates without which a round changes nothing (short_round); 0: one")
+    min_replies: int = Field(
+        0, ge=0, le=1_000_000, description="usable updates without which a round changes nothing (short_round); 0: one"
+    )
     short_round: Literal["skip", "repeat"] = Field(
         "skip",
         description="a round with fewer than min_replies usable updates: go on to the next one, or ask again, other clients",
     )
     round_timeout: float = Field(
-        3600.0, gt=0, description="seconds a client has for one round; it stops a little before and returns the steps done"
+        3600.0,
+        gt=0,
+        le=YEAR,
+        description="seconds a client has for one round; it stops a little before and returns the steps done",
     )
-    wait_timeout: float = Field(600.0, gt=0, description="seconds to wait for enough clients to connect")
+    wait_timeout: float = Field(600.0, gt=0, le=YEAR, description="seconds to wait for enough clients to connect")
+    min_clients: int = Field(
+        0, ge=0, le=1_000_000, description="clients without whom the first round does not begin; 0: all of them"
+    )
     grace: float = Field(
-        3.0, ge=0, description="the slow have this many times as long as half (or min_replies) took, 30 s at least; 0: no limit"
+        3.0,
+        ge=0,
+        le=1_000_000,
+        description="the slow have this many times as long as half (or min_replies) took, 30 s at least; 0: no limit",
     )
     max_examples: int = Field(
         1_000_000, ge=1, lt=2**32, description="most samples that a client may have: its weight in a round"
     )
-    min_clients: int = Field(0, ge=0, description="clients without whom the first round does not begin; 0: all of them")
 
     # ------------------------------------------------------------------ construction
 
@@ -243,45 +266,37 @@ class RunConfig(BaseModel):
         Raises:
             ConfigError: or one of its subclasses, naming the key, the value and the fix.
         """
-        unknown = sorted(set(values) - set(cls.model_fields))
-        if unknown:
-            known = _ALIASES.get(unknown[0].lower().replace("-", "_"))
-            near = [known] if known else difflib.get_close_matches(unknown[0], list(cls.model_fields), n=1, cutoff=0.7)
-            hint = f" Did you mean '{near[0]}'?" if near else " `fedtune settings` lists them."
-            raise UnknownSettingError(f"There is no setting '{unknown[0]}'.{hint}", key=unknown[0], nearest=near)
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "settings"
-            raise ConfigError(f"Setting '{key}' = {first['input']!r}: {first['msg']}.", key=key, value=first["input"]) from None
+        return cls.model_validate(dict(values))
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Read a preset (TOML, flat) and apply `overrides`; relative paths stay relative to the working directory."""
-        source = Path(path)
-        try:
-            values = tomllib.loads(source.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"There is no preset '{source}'. Give a TOML file or a name from `fedtune presets`.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Preset '{source}' cannot be read: {error}.") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"Preset '{source}' is not valid TOML: {error}.") from None
+        values = toml.read(Path(path), "preset")
         if "arms" in values:
-            raise ConfigError(f"'{source}' compares several algorithms: run it with `fedtune compare {source}`.")
+            raise ConfigError(f"'{path}' compares several algorithms: run it with `fedtune compare {path}`.")
         return cls.from_mapping({**values, **(overrides or {})})
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _by_algorithm(cls, values: Any) -> Any:
-        """Fill in what depends on the algorithm, so that a config says what is used."""
-        return methods.filled(values, cls.model_fields["algorithm"].default) if isinstance(values, Mapping) else values
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        refuse_contradictions(self)
-        return self
+    def _check(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """The door: types, ranges, contradictions; what depends on the algorithm is filled in, so that a config says what is
+        used. `model_fields_set` are the settings that were given, and not those that were filled in.
+        """
+        if not isinstance(values, Mapping):
+            return handler(values)
+        _refuse_unknown(values, cls.model_fields)
+        asked = checked(values, cls.model_fields)
+        usual = {key: field.default for key, field in cls.model_fields.items()}
+        refuse_overwritten({**usual, **asked}, usual)
+        try:
+            found = handler(methods.filled(asked, usual["algorithm"]))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise refused(str(first["loc"][0]), first["input"], first["msg"]) from None
+        given = {key for key, value in asked.items() if value == getattr(found, key)}
+        object.__setattr__(found, "__pydantic_fields_set__", given)
+        refuse_contradictions(found)
+        return found
 
     # ------------------------------------------------------------------ derived values
 
@@ -302,8 +317,11 @@ class RunConfig(BaseModel):
 
     @property
     def asked_per_round(self) -> int:
-        """Number of clients asked in each round, at least 1: `clients_per_round`, or int(client_fraction * clients)."""
-        return self.clients_per_round or max(1, int(self.client_fraction * self.clients))
+        """Number of clients asked in each round, at least 1: `clients_per_round`, or floor(client_fraction * clients).
+
+        The fraction is taken as it is written: 0.29 of 100 clients are 29, although the float next to 0.29 is below it.
+        """
+        return self.clients_per_round or max(1, math.floor(as_written(self.client_fraction) * self.clients))
 
     @property
     def invited_per_round(self) -> int:
@@ -313,7 +331,7 @@ class RunConfig(BaseModel):
         """
         if self.alone:
             return 1
-        return min(self.clients, math.ceil(round(self.asked_per_round * (1.0 + self.over_selection), 9)))
+        return min(self.clients, math.ceil(self.asked_per_round * (1 + as_written(self.over_selection))))
 
     @property
     def needed_replies(self) -> int:
@@ -325,11 +343,9 @@ class RunConfig(BaseModel):
         return dict(self.model_dump())
 
     def replace(self, **changes: Scalar) -> Self:
-        """A checked copy with `changes` applied; with another algorithm, bits that were its default follow it."""
-        before = self.as_mapping()
-        if changes.get("algorithm", self.algorithm) != self.algorithm:
-            before |= {key: 0 for key in methods.BITS if before[key] == methods.default_bits(key, self.algorithm)}
-        return self.from_mapping({**before, **changes})
+        """What construction with the settings that were given, and `changes`, gives; what was filled in is filled in anew."""
+        given = {key: value for key, value in self.as_mapping().items() if key in self.model_fields_set}
+        return self.from_mapping({**given, **changes})
 
     def with_absolute_paths(self, root: Path | None = None) -> Self:
         """A copy whose local paths are absolute, with environment variables expanded, for processes that start elsewhere."""
@@ -343,6 +359,25 @@ class RunConfig(BaseModel):
             path = str((base / path).resolve()) if local else path
             changes[key] = f"{prefix}:{path}" if prefix else path
         return self.replace(**changes)
+
+
+def _refuse_unknown(values: Mapping[Any, Any], known: Mapping[str, object]) -> None:
+    """Raise UnknownSettingError for the first key, in order, that is no setting."""
+    unknown = sorted(for_screen(str(key), 80) for key in values if key not in known)
+    if unknown:
+        alias = _ALIASES.get(unknown[0].lower().replace("-", "_"))
+        near = [alias] if alias else difflib.get_close_matches(unknown[0], list(known), n=1, cutoff=0.7)
+        hint = f" Did you mean '{near[0]}'?" if near else " `fedtune settings` lists them."
+        raise UnknownSettingError(f"There is no setting '{unknown[0]}'.{hint}", key=unknown[0], nearest=near)
+
+
+def as_written(value: float) -> Fraction:
+    """The decimal number that `value` is written as, exactly.
+
+    >>> int(0.29 * 100), int(as_written(0.29) * 100)
+    (28, 29)
+    """
+    return Fraction(repr(float(value)))
 
 
 _PREFIX = re.compile(r"([a-z][a-z0-9-]+):(.+)", re.DOTALL)  # two letters at least, so that C:\\ is no prefix
@@ -361,22 +396,25 @@ def split_source(source: str) -> tuple[str, str]:
 def read_setting(text: str) -> tuple[str, Scalar]:
     """`"key=value"` as key and value. The value follows TOML; what TOML cannot read, or reads as no scalar, is text.
 
-    >>> read_setting("lr=1e-5"), read_setting("model=foo"), read_setting("seed='7'")
-    (('lr', 1e-05), ('model', 'foo'), ('seed', '7'))
+    So is a number or a truth value for a setting that takes text: `revision=123`, `only_client=7`.
+
+    >>> read_setting("lr=1e-5"), read_setting("model=foo"), read_setting("seed='7'"), read_setting("only_client=7")
+    (('lr', 1e-05), ('model', 'foo'), ('seed', '7'), ('only_client', '7'))
 
     Raises:
         ConfigError: there is no "=", or no key.
     """
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"A setting is KEY=VALUE, not '{text}'.")
-    value = value.strip()
+    key, value = key.strip(), value.strip()
+    if not equals or not key:
+        raise ConfigError(f"A setting is KEY=VALUE, not '{for_screen(text, 80)}'.")
     try:
-        parsed = tomllib.loads(f"value = {value}") if "\n" not in value else {}
-    except tomllib.TOMLDecodeError:
-        parsed = {}
-    read = parsed.get("value", value)
-    return key.strip(), read if isinstance(read, bool | int | float | str) else value
+        read = toml.parse(f"value = {value}").get("value") if "\n" not in value else value
+    except ValueError:
+        read = value
+    field = RunConfig.model_fields.get(key)
+    kinds: Any = str if field is not None and kind_of(field) is str else bool | int | float | str
+    return key, read if isinstance(read, kinds) else value
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -386,7 +424,7 @@ def expand(text: str) -> str:
     """Expand `${NAME}` and `${NAME:-default}` from the environment, and a leading `~`.
 
     Raises:
-        ConfigError: a variable that is neither set nor has a default.
+        ConfigError: a variable that is neither set nor has a default, or a name that is too long for a file.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -396,4 +434,6 @@ def expand(text: str) -> str:
             raise ConfigError(f"'{text}' needs the environment variable {name}, which is not set.", name=name)
         return found
 
-    return os.path.expanduser(_VARIABLE.sub(value, text))
+    path = os.path.expanduser(_VARIABLE.sub(value, text))
+    check_names(path, f"'{for_screen(text, 80)}'")
+    return path

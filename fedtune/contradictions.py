@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fedtune.errors import ConfigError, ContradictionError
 from fedtune.foreign import client_id
-from fedtune.methods import OWNERS, WHOLE_WEIGHTS, ZEROTH_ORDER
+from fedtune.methods import FIXED, OWNERS, WHOLE_WEIGHTS, ZEROTH_ORDER, Scalar
 
 if TYPE_CHECKING:
     from fedtune.config import RunConfig
+
+
+def refuse_overwritten(asked: Mapping[str, Scalar], usual: Mapping[str, Scalar]) -> None:
+    """Raise ContradictionError for a setting that was asked for and that the algorithm has one value for, another one.
+
+    Args:
+        asked: every setting, with its default where none was given; usual: the defaults.
+    """
+    algorithm = str(asked["algorithm"])
+    for key, fixed in FIXED.get(algorithm, {}).items():
+        if asked[key] not in (fixed, usual[key]):
+            raise ContradictionError(
+                f"{key} = {asked[key]} says nothing in {algorithm}, which has no seed pool to choose: remove it."
+                if algorithm in WHOLE_WEIGHTS
+                else f"{key} = {asked[key]} says nothing in {algorithm}, whose directions are new in every round: remove it.",
+                key=key,
+            )
 
 
 def refuse_contradictions(config: RunConfig) -> None:
@@ -63,8 +81,6 @@ def refuse_contradictions(config: RunConfig) -> None:
                 K=config.K,
                 pool_size=config.pool_size,
             )
-    if config.max_new_tokens > 100_000:
-        raise ContradictionError("max_new_tokens above 100,000 is surely a mistake.")
 
 
 def _check_places(config: RunConfig) -> None:

@@ -50,10 +50,11 @@ def estimate_run(config: RunConfig) -> Estimate:
     here = Resident(config)
     replica = here.replica
     state = here.algorithm.start(config, replica.layout)
-    step, client = _time_client(here)
+    step, client = _time_client(here, config)
     rebuild = _time_rebuild(here, state)
-    evaluation, evaluations = _time_evaluation(here), _evaluations(config)
-    besides_time = needs(config, replica.model, replica.layout, replica.perturbation, _longest_batch(here))
+    evaluation, evaluations = _time_evaluation(here, config.eval_batch_size), _evaluations(config)
+    longest = _longest_batch(here, config.batch_size)
+    besides_time = needs(config, replica.model, replica.layout, replica.perturbation, longest)
     return Estimate(
         **vars(besides_time),
         step_seconds=step,
@@ -64,34 +65,33 @@ def estimate_run(config: RunConfig) -> Estimate:
     )
 
 
-def _longest_batch(here: Resident) -> Batch:
+def _longest_batch(here: Resident, size: int) -> Batch:
     every = [sample for client in here.data.clients for sample in client]
-    longest = sorted(every, key=lambda sample: -len(sample.input_ids))[: here.config.batch_size]
+    longest = sorted(every, key=lambda sample: -len(sample.input_ids))[:size]
     return collate(longest, here.language_model.tokenizer.pad_token_id).to(here.language_model.device)
 
 
 # ---------------------------------------------------------------------------------------------------- time
 
 
-def _time_client(here: Resident) -> tuple[float, float]:
+def _time_client(here: Resident, config: RunConfig) -> tuple[float, float]:
     """(seconds per local step, seconds of a client's round besides its steps), from real local updates on client 0."""
-    _local_update(here, 1)  # kernels compile, caches warm up
-    one = _seconds(here, lambda: _local_update(here, 1))
-    more = _seconds(here, lambda: _local_update(here, 1 + TIMED_STEPS))
-    times = here.config.client_steps // here.config.local_steps  # of `central`, whose steps those are of several clients
+    _local_update(here, config, 1)  # kernels compile, caches warm up
+    one = _seconds(here, lambda: _local_update(here, config, 1))
+    more = _seconds(here, lambda: _local_update(here, config, 1 + TIMED_STEPS))
+    times = config.client_steps // config.local_steps  # of `central`, whose steps those are of several clients
     step = max(0.0, more - one) / TIMED_STEPS / times
     return step, max(0.0, one - step)
 
 
-def _local_update(here: Resident, steps: int) -> None:
+def _local_update(here: Resident, asked: RunConfig, steps: int) -> None:
     """`steps` local steps of client 0 from the base model; the live weights are written and not put back."""
-    config = here.config.replace(local_steps=steps)
+    config = asked.replace(local_steps=steps)
     state = here.algorithm.start(config, here.replica.layout)
-    work = here.work("0", here.data.clients[0], 1, state.pool)
-    here.replica.touch()
-    published = state.published(config.coefficient_bits).pools[-1]
+    model = state.published(config.coefficient_bits)
+    work = here.work(config, "0", here.data.clients[0], 1, model)
     instruction = first_instruction(
-        here.config, here.algorithm, here.replica.layout, state, published, here.replica.fingerprint
+        asked, here.algorithm, here.replica.layout, state, model.pools[-1], here.replica.fingerprint
     )
     here.algorithm.local_update(work, config, instruction)
 
@@ -112,9 +112,9 @@ def _time_rebuild(here: Resident, state: State) -> float:
     return seconds
 
 
-def _time_evaluation(here: Resident) -> float:
+def _time_evaluation(here: Resident, size: int) -> float:
     """Seconds for the held-out set: one batch of each of three lengths is timed, and stands for a third of the batches."""
-    heldout, size = here.data.heldout, here.config.eval_batch_size
+    heldout = here.data.heldout
     batches = -(-len(heldout) // size)
     ordered = sorted(heldout, key=lambda sample: len(sample.input_ids))
     starts = sorted({min(len(ordered) - 1, int(len(ordered) * part)) for part in (0.0, 0.5, 0.9)})

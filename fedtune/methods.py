@@ -32,7 +32,7 @@ OWNERS: dict[str, tuple[str, ...]] = {  # the algorithms that a setting belongs 
 }
 
 _NO_POOL: dict[str, Scalar] = {"K": 1024, "family": "hadamard", "rank": 1, "pool_every": 0}
-FIXED: dict[str, dict[str, Scalar]] = {  # what says nothing in an algorithm is recorded with one value, whatever was asked
+FIXED: dict[str, dict[str, Scalar]] = {  # what says nothing in an algorithm is recorded with one value; another one is refused
     **dict.fromkeys(("fedavg", "lora", "local", "central"), _NO_POOL),
     "fedzo": {"K": 1024, "pool_every": 0},
     "decomfl": {"K": 1024, "pool_every": 1},
@@ -48,6 +48,6 @@ def default_bits(key: str, algorithm: object) -> int:
 
 def filled(values: Mapping[str, Any], usual: str) -> dict[str, Any]:
     """The settings with those filled in that depend on the algorithm, which is `usual` if they name none."""
-    algorithm = values.get("algorithm", usual)
+    algorithm = str(values.get("algorithm", usual))
     bits = {key: values.get(key) or default_bits(key, algorithm) for key in BITS}
-    return {**values, **bits, **(FIXED.get(algorithm, {}) if isinstance(algorithm, str) else {})}
+    return {**values, **bits, **FIXED.get(algorithm, {})}

@@ -39,7 +39,7 @@ class LanguageModel:
     """A model ready to be tuned, in evaluation mode (no dropout), with its tokenizer.
 
     `notes` are one-line choices with their reasons; `source` is the folder or hub name the weights came from, and `folder`
-    the local folder with their files (None: they came from no file).
+    the local folder with their files (None: they came from no file). `threads` are those that torch works with on the CPU.
     """
 
     model: torch.nn.Module
@@ -48,6 +48,7 @@ class LanguageModel:
     notes: tuple[str, ...]
     source: str
     folder: Path | None = None
+    threads: int = 1
 
 
 def load_model(config: RunConfig) -> LanguageModel:
@@ -74,7 +75,7 @@ def load_model(config: RunConfig) -> LanguageModel:
     check_positions(model_config, config.max_length, source)
     model_note = f"model: {source} ({parameters:,} parameters, {config.dtype})"
     notes = (model_note, device_note, place_note, thread_note, padding_note, load_note)
-    return LanguageModel(model, tokenizer, device, tuple(note for note in notes if note), source, folder)
+    return LanguageModel(model, tokenizer, device, tuple(note for note in notes if note), source, folder, threads)
 
 
 def load_tokenizer(config: RunConfig) -> Any:

@@ -1,7 +1,8 @@
 """Named random streams: (run seed, purpose, round, client, step) -> the same numbers on every machine, for ever.
 
 numpy's and torch's generators may change their streams between versions and devices, and two sides of a federation
-derive the same draws without sending them, so the numbers come from Philox (integers) by the few rules in this file.
+derive the same draws without sending them, so the numbers come from Philox (integers) by the few rules in this file, and
+logarithms and the like from `fedtune.elementary`, not from the C library.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from fedtune import philox
+from fedtune import elementary, philox
 
 LARGEST_BOUND = 2**56  # a million clients with 2^32 samples each have fewer
 I64 = npt.NDArray[np.int64]
@@ -95,23 +96,27 @@ class Stream:
     def normal(self, count: int) -> F64:
         """float64 [count], standard normal, by the Box-Muller transform."""
         u = self.uniform(2 * count)
-        return np.sqrt(-2.0 * np.log(1.0 - u[0::2])) * np.cos(2.0 * math.pi * u[1::2])
+        return np.sqrt(-2.0 * elementary.log(1.0 - u[0::2])) * elementary.cosine_of_turns(u[1::2])
 
     def gamma(self, shape: float, count: int) -> F64:
         """float64 [count] from Gamma(shape, 1).
 
         Source: Marsaglia and Tsang, "A simple method for generating gamma variables", 2000.
         """
-        boost = (1.0 - self.uniform(count)) ** (1.0 / shape) if shape < 1.0 else np.ones(count)
+        boost = np.ones(count)
+        if shape < 1.0:
+            with np.errstate(over="ignore"):  # a shape next to zero: almost all draws are zero
+                boost = elementary.exp(elementary.log(1.0 - self.uniform(count)) / shape)
         d = (shape + 1.0 if shape < 1.0 else shape) - 1.0 / 3.0
         c = 1.0 / math.sqrt(9.0 * d)
         drawn, left = np.empty(count), np.arange(count)
         while len(left):
             x = self.normal(len(left))
-            v = (1.0 + c * x) ** 3
+            root = 1.0 + c * x
+            v = root * root * root
             u = 1.0 - self.uniform(len(left))
-            bound = 0.5 * x * x + d - d * v + d * np.log(np.maximum(v, 1e-300))
-            accepted = (v > 0.0) & (np.log(u) < bound)
+            bound = 0.5 * x * x + d - d * v + d * elementary.log(np.maximum(v, 1e-300))
+            accepted = (v > 0.0) & (elementary.log(u) < bound)
             drawn[left[accepted]] = d * v[accepted]
             left = left[~accepted]
         return drawn * boost
@@ -119,5 +124,5 @@ class Stream:
     def dirichlet(self, alpha: float, count: int) -> F64:
         """float64 [count], not negative, summing to one: one draw from the symmetric Dirichlet distribution."""
         draws = self.gamma(alpha, count)
-        total = draws.sum()
+        total = math.fsum(draws.tolist())
         return draws / total if total > 0.0 else np.full(count, 1.0 / count)

@@ -19,7 +19,7 @@ from fedtune.errors import ForeignLedgerError, LedgerError
 from fedtune.ledger import Header, Ledger, Round
 from fedtune.ledger_file import LEDGER
 from fedtune.replay import Rules, restore, snapshot_of
-from fedtune.resident import Resident, resident
+from fedtune.resident import Resident, renewed
 from fedtune.resume import plan
 from fedtune.run_folder import METRICS, RunFolder, check_new, dated, versions
 from fedtune.verify import check_chains
@@ -53,7 +53,7 @@ def open_run(asked: RunConfig) -> Opened:
 def _begin(asked: RunConfig) -> Opened:
     config = asked.replace(out=str(Path(asked.out or dated(asked.algorithm)).resolve()))
     check_new(config.out)
-    here = resident(config)
+    here = renewed(config)
     here.load()  # a run that cannot start leaves no folder behind
     folder = RunFolder.create(config.out, asked.as_mapping(), config)
     return _with_new_ledger(folder, asked, config, here)
@@ -86,7 +86,7 @@ def _carry_on(asked: RunConfig) -> Opened:
     try:
         check_chains(ledger)
         going_on = plan(ledger, asked, folder)
-        here = resident(going_on.config)
+        here = renewed(going_on.config)
         here.load()
         rules = _rules(going_on.config, here)
         _check_same(ledger, rules, here)
@@ -110,7 +110,7 @@ def _never_begun(folder: RunFolder, asked: RunConfig) -> Opened:
     if (folder.path / METRICS).exists():
         raise LedgerError(f"'{folder.path}' has rounds but no {LEDGER}: it is of a fedtune without ledgers. Start a new run.")
     config = folder.config().replace(out=str(folder.path), resume="")
-    here = resident(config)
+    here = renewed(config)
     here.load()
     opened = _with_new_ledger(folder, config, config, here)
     try:

@@ -22,6 +22,7 @@ from fedtune.data.batches import Batch
 from fedtune.data.encode import Encoded
 from fedtune.directions import Directions, Pool
 from fedtune.directions.base import DISJOINT, F64
+from fedtune.elementary import cosine_of_turns
 from fedtune.layout import BlockRule, Layout
 from fedtune.perturb import LiveWeights, Perturbation
 from fedtune.seeds import stream_key
@@ -195,8 +196,8 @@ def server_rate(config: RunConfig, round: int) -> float:
     The schedules of Ferret's official code with its slr_max = server_lr and slr_min = 0.
     """
     done = (round - 1) / config.rounds
-    factor = {"none": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.anneal]
-    return config.server_lr * factor
+    falling = 0.5 * (1.0 + float(cosine_of_turns(np.array(0.5 * done))))
+    return config.server_lr * {"none": 1.0, "linear": 1.0 - done, "cosine": falling}[config.anneal]
 
 
 def no_draw_weights(state: State) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:

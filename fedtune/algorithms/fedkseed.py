@@ -21,6 +21,7 @@ from fedtune.algorithms.base import Algorithm, LocalWork, State, no_draw_weights
 from fedtune.algorithms.zeroth_order import Walked, walk
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
+from fedtune.elementary import exp
 from fedtune.layout import Layout
 from fedtune.seeds import Stream
 from fedtune.wire import Instruction, Kind, Update
@@ -100,7 +101,7 @@ def probabilities(magnitude: F64, count: F64) -> F64:
     """
     s = magnitude / (count + 1.0)
     t = (s - s.min()) / (s.max() - s.min() + 1e-10)
-    weights = np.exp(t)
+    weights = exp(t)  # the same bits wherever the run is replayed
     return np.asarray(weights / weights.sum())
 
 

@@ -26,11 +26,11 @@ def loss(
 
     [bold]fedtune loss demo_fedkseed --model tuned[/bold]   what export or apply wrote: the run's last loss, digit by digit
     """
-    config = presets.choose(preset, [*settings, *([f"model='{model}'"] if model else [])]).config
+    config = presets.choose(preset, settings, {"model": model} if model else None).config
     from fedtune.evaluation import evaluate
-    from fedtune.resident import resident
+    from fedtune.resident import renewed
 
-    here = resident(config)
+    here = renewed(config)
     here.load()
     found = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
     fingerprint = here.replica.fingerprint.hex()

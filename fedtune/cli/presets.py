@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from fedtune.config import RunConfig, Scalar, read_setting
 from fedtune.errors import ConfigError
+from fedtune.foreign import for_screen
 
 PresetArgument = Annotated[
     str, typer.Argument(metavar="PRESET", help="A TOML file, or a name from [bold]fedtune presets[/bold].", show_default=False)
@@ -61,14 +63,14 @@ def shipped() -> list[Preset]:
     return [Preset(name, found[name], _title(found[name])) for name in sorted(found, key=lambda name: ("/" in name, name))]
 
 
-def choose(preset: str, settings: Sequence[str] = ()) -> Chosen:
-    """The config of `preset` (a file or a name) with `settings` ("key=value") applied.
+def choose(preset: str, settings: Sequence[str] = (), more: Mapping[str, Scalar] | None = None) -> Chosen:
+    """The config of `preset` (a file or a name) with `settings` ("key=value") applied, and then `more`.
 
     Raises:
         typer.BadParameter: a setting without "=".
         ConfigError: no such preset, or a value that cannot be used.
     """
-    overrides = dict(parse_setting(text) for text in settings)
+    overrides = {**dict(parse_setting(text) for text in settings), **(more or {})}
     path = find(preset)
     return Chosen(path.stem, RunConfig.load(path, overrides))
 
@@ -96,17 +98,18 @@ def presets() -> None:
 def find(preset: str) -> Path:
     """The file of `preset`. A name never hides a file: `./demo.toml` is a file, `demo` a name unless such a file exists."""
     path = Path(preset).expanduser()
-    if path.is_file():
-        return path
     known = {found.name: found.path for found in shipped()}
+    if os.path.isfile(path) or (preset not in known and os.path.exists(path)):  # unlike Path's, these take any path
+        return path
     if preset in known:
         return known[preset]
+    shown = for_screen(preset, 200)
     folders = {found.rpartition("/")[0] for found in known}
     if path.suffix == ".toml" or (len(path.parts) > 1 and path.parts[0] not in folders):
-        raise ConfigError(f"There is no preset file '{preset}': give an existing TOML file or a name from `fedtune presets`.")
-    near = difflib.get_close_matches(preset, known, n=1, cutoff=0.4)
+        raise ConfigError(f"There is no preset file '{shown}': give an existing TOML file or a name from `fedtune presets`.")
+    near = difflib.get_close_matches(preset[:200], known, n=1, cutoff=0.4)
     hint = f"Did you mean '{near[0]}'?" if near else "Give a name from `fedtune presets` or a TOML file."
-    raise ConfigError(f"There is no preset '{preset}'. {hint}", preset=preset, nearest=near)
+    raise ConfigError(f"There is no preset '{shown}'. {hint}", preset=preset, nearest=near)
 
 
 def _title(path: Path) -> str:

@@ -108,4 +108,5 @@ def _kind(field: FieldInfo) -> str:
     names: dict[object, str] = {bool: "true or false", int: "whole number", float: "number", str: "text"}
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = [f"{word} {getattr(rule, name)}" for rule in field.metadata for name, word in words.items() if hasattr(rule, name)]
-    return ", ".join([names[field.annotation], *bounds])
+    filled = ["not empty"] if any(getattr(rule, "min_length", 0) for rule in field.metadata) else []
+    return ", ".join([names[field.annotation], *filled, *bounds])

@@ -6,6 +6,7 @@ file; categories are looked up by row.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def _draw_owners(groups: Sequence[Sequence[int]], clients: int, alpha: float, st
     for rows in groups:
         drawn = stream.dirichlet(alpha, clients)
         open_to_more = np.where(sizes < fair_share, drawn, 0.0)
-        shares = open_to_more if open_to_more.sum() > 0.0 else drawn
+        shares = open_to_more if open_to_more.any() else drawn
         counts = apportion(shares, len(rows))
         shuffled = stream.permutation(len(rows))
         for index, client in zip(shuffled, np.repeat(np.arange(clients), counts), strict=True):
@@ -201,7 +202,7 @@ def quantity(rows: Sequence[int], config: RunConfig) -> Clients:
 
 def apportion(shares: F64, total: int) -> I64:
     """int64 [n] summing to `total`, in proportion to `shares`: rounded down, the rest to the largest remainders."""
-    exact = shares / shares.sum() * total
+    exact = shares / math.fsum(shares.tolist()) * total
     counts: I64 = np.floor(exact).astype(np.int64)
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: total - int(counts.sum())]] += 1

@@ -15,15 +15,15 @@ On the command line an arm is NAME or NAME:key=value:key=value.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedtune import toml
 from fedtune.config import RunConfig, Scalar, read_setting
 from fedtune.errors import ConfigError
-from fedtune.methods import FIRST_ORDER, OWNERS, ZEROTH_ORDER
+from fedtune.methods import FIRST_ORDER, FIXED, OWNERS, ZEROTH_ORDER
 
 LABELS = {
     "fedkseed": "FedKSeed",
@@ -61,12 +61,9 @@ def load(path: Path) -> Comparison:
     """Read a comparison, or a preset, which has no arms.
 
     Raises:
-        ConfigError: it is not TOML, or an arm is not a table.
+        ConfigError: it cannot be read, is not TOML, or an arm is not a table.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"'{path}' cannot be read as a comparison: {error}.", path=str(path)) from None
+    values = toml.read(path, "comparison")
     tables = values.pop("arms", {})
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise ConfigError(f"'{path}': arms are tables, [arms.NAME], with settings in them.", path=str(path))
@@ -100,7 +97,8 @@ def config_of(comparison: Comparison, arm: Arm, overrides: Mapping[str, Scalar])
         ConfigError: or one of its subclasses, naming the arm.
     """
     shared = {**comparison.common, **overrides}
-    fitting = {key: value for key, value in shared.items() if arm.algorithm in OWNERS.get(key, (arm.algorithm,))}
+    foreign = {key for key, owners in OWNERS.items() if arm.algorithm not in owners} | FIXED.get(arm.algorithm, {}).keys()
+    fitting = {key: value for key, value in shared.items() if key not in foreign}
     try:
         return RunConfig.from_mapping({**fitting, "algorithm": arm.algorithm, **arm.settings})
     except ConfigError as error:

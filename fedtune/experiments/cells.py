@@ -8,7 +8,6 @@ fork server), since importing takes longer than a small run does; where a system
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import queue
@@ -24,6 +23,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
+from fedtune import toml
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, Interrupted, RunFolderError
 from fedtune.resume import stored_settings
@@ -228,8 +228,8 @@ def _written(cell: Cell, folder: Path) -> Path:
 def as_toml(settings: RunConfig, title: str = "") -> str:
     """The settings as a flat preset, without their folder."""
     kept = {key: value for key, value in settings.as_mapping().items() if key not in ("out", "resume")}
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in kept.items()]
-    return "\n".join([*([f"# {title}"] if title else []), *lines, ""])
+    lines = [f"{key} = {toml.written(value)}" for key, value in kept.items()]
+    return "\n".join([*([toml.comment(title)] if title else []), *lines, ""])
 
 
 def _summary(folder: Path) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fedtune.coefficients import Coefficients, quantise
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch, client_batches
 from fedtune.directions import Pool
@@ -108,7 +109,7 @@ def advise(config: RunConfig, directions: int, batches: int) -> Advice:
         )
     here = Resident(config)
     found = measure(
-        _losses(here, directions),
+        _losses(here, config, directions),
         directions=directions,
         batches=batches,
         eps=config.eps,
@@ -128,13 +129,13 @@ def advise(config: RunConfig, directions: int, batches: int) -> Advice:
     )
 
 
-def _losses(here: Resident, directions: int) -> LossAt:
+def _losses(here: Resident, config: RunConfig, directions: int) -> LossAt:
     """The losses of a resident model; batch b of direction d is drawn once, from a client drawn by its weight."""
-    config = here.config
     pool = Pool(config.family, stream_key(config.seed, "measured directions"), directions, rank=config.rank)
     here.load()
-    work = here.work("0", here.data.clients[0], 0, pool)
-    drawn = _batches(here)
+    base = quantise(pool, np.zeros((here.replica.layout.blocks, directions)), config.coefficient_bits)
+    work = here.work(config, "0", here.data.clients[0], 0, Coefficients((base,)))
+    drawn = _batches(here, config)
     batches: dict[tuple[int, int], Batch] = {}
 
     def at(d: int, b: int, offsets: Sequence[float]) -> list[float]:
@@ -145,9 +146,9 @@ def _losses(here: Resident, directions: int) -> LossAt:
     return at
 
 
-def _batches(here: Resident) -> Iterator[Batch]:
+def _batches(here: Resident, config: RunConfig) -> Iterator[Batch]:
     """Batches of local steps, each of a client drawn as `weighting` weighs it."""
-    config, samples, lm = here.config, here.data.clients, here.language_model
+    samples, lm = here.data.clients, here.language_model
     weights = np.array([len(own) if config.weighting == "examples" else 1 for own in samples], dtype=np.int64)
     own = [
         client_batches(each, config.batch_size, Stream(config.seed, "measured batches", number), lm.tokenizer.pad_token_id)

@@ -107,19 +107,28 @@ class Perturbation:
             alone: runs the model once; called inside `at` for one point after another.
             together: runs the model once on that many copies of the batch, copy by copy along the first dimension, and
                 returns their losses. Used where one pass is cheaper than several: for a family of thin directions, and
-                where every pass brings the weights to the device. None: never.
+                where every pass brings the weights to the device. None: never. The first call for thin directions, and
+                the first for others, finds out whether the losses are the same; if not, every call goes one by one.
         """
         self._check_free()
-        worthwhile = directions.family.thin or self.device is not None
-        if together is not None and worthwhile and self._together.works:
+        ways = self._together
+        if together is not None and self.may_run_together(directions) and ways.works(directions):
             self._prepare()
-            found = self._together.losses(directions, points, together)
-            if self._together.checked:
+            found = ways.losses(directions, points, together)
+            if ways.compared(directions):
                 return found
             expected = [self._one(directions, k, c, alone) for k, c in points]
-            self._together.check(found, expected)
-            return found if self._together.works else expected
+            ways.compare(directions, found, expected)
+            return found if ways.works(directions) else expected
         return [self._one(directions, k, c, alone) for k, c in points]
+
+    def may_run_together(self, directions: Directions) -> bool:
+        """Whether one pass for several points can be cheaper than several passes."""
+        return directions.family.thin or self.device is not None
+
+    def compared(self, directions: Directions) -> bool:
+        """Whether it is known if one pass for several points gives the losses of single passes (see `losses`)."""
+        return self._together.compared(directions)
 
     def close(self) -> None:
         """Remove the hooks and free the scratch. The model is as if it had never been perturbed."""

@@ -11,8 +11,9 @@ parameters pointed at w + c z of that copy. As in EGGROLL (arXiv 2511.16652), wi
 Directions that are not thin are worked off copy by copy in every module: that pays where bringing a module's weights to
 the device costs more than running it twice (as ZO2 does, arXiv 2503.12668).
 
-A module that is run copy by copy must treat the first dimension of what it is given as the batch. The first time, the
-losses are compared with those of one pass for each point; where they differ, one pass for each point it is from then on.
+A module that is run copy by copy must treat the first dimension of what it is given as the batch. The first time, for thin
+directions and for others, the losses are compared with those of one pass for each point; where they differ, one pass for
+each point it is from then on.
 """
 
 from __future__ import annotations
@@ -48,22 +49,28 @@ class Together:
     """Runs a model at several points in one pass.
 
     Attributes:
-        works: false once the losses differed from those of single passes.
-        checked: whether they were compared.
         guard: watches the first pass.
     """
 
     def __init__(self, model: Module, slots: list[Slot], live: LiveWeights) -> None:
-        self.works, self.checked = True, False
+        self._right: dict[bool, bool] = {}  # thin directions or others -> whether the losses were those of single passes
         self._slots, self._live = slots, live
         self._owners = owners_of(model, slots)
         self._inside = False
         self.guard: Guard | None = None
 
+    def compared(self, directions: Directions) -> bool:
+        """Whether losses along such directions were compared with those of single passes."""
+        return directions.family.thin in self._right
+
+    def works(self, directions: Directions) -> bool:
+        """False once the losses along such directions differed."""
+        return self._right.get(directions.family.thin, True)
+
     def losses(self, directions: Directions, points: Points, together: TogetherPass) -> list[float]:
         """The loss at each point. Raises ModelError for a weight that is read outside the module that owns it."""
         self._live.settle()
-        self.guard = None if self.checked else Guard(self._slots)
+        self.guard = None if self.compared(directions) else Guard(self._slots)
         pass_ = _Pass(directions, points)
         try:
             with torch.no_grad(), self._wrapped(pass_), self.guard or nullcontext():
@@ -71,16 +78,15 @@ class Together:
         finally:
             self.guard, self._inside = None, False
 
-    def check(self, found: Sequence[float], expected: Sequence[float]) -> None:
-        """Compare the two ways, once."""
-        self.checked = True
+    def compare(self, directions: Directions, found: Sequence[float], expected: Sequence[float]) -> None:
+        """Hold the losses of one pass against those of single passes."""
         allowed = max(TOLERANCE[slot.weight.dtype] for slot in self._slots)
-        worst = max(abs(one - other) / max(1.0, abs(other)) for one, other in zip(found, expected, strict=True))
-        if not worst <= allowed:
-            self.works = False
+        apart = [abs(one - other) / max(1.0, abs(other)) for one, other in zip(found, expected, strict=True)]
+        right = self._right[directions.family.thin] = all(distance <= allowed for distance in apart)  # not where one is NaN
+        if not right:
             emit(
                 Note(
-                    f"Several points in one pass give other losses than one by one (by {worst:.2g}), so this model is "
+                    f"Several points in one pass give other losses than one by one (by {max(apart):.2g}), so this model is "
                     "evaluated one by one, more slowly.",
                     warning=True,
                 )

@@ -6,11 +6,11 @@ Flower refuses a run config key that is not declared there, so every setting has
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import fedtune
-from fedtune.config import RunConfig, Scalar
+from fedtune import toml
+from fedtune.config import RunConfig
 
 # The components relay what the run says and how it fails to the process that started it; see relay.py.
 _APP = """\
@@ -35,7 +35,7 @@ clientapp = "simulations.engines.relay_client:app"
 
 def config_lines(config: RunConfig) -> list[str]:
     """`key = value` in TOML for every setting, in the order of declaration."""
-    return [f"{key} = {_toml(value)}" for key, value in config.as_mapping().items()]
+    return [f"{key} = {toml.written(value)}" for key, value in config.as_mapping().items()]
 
 
 def write_app(folder: Path, config: RunConfig) -> None:
@@ -43,13 +43,6 @@ def write_app(folder: Path, config: RunConfig) -> None:
     folder.mkdir()
     text = _APP.format(version=fedtune.__version__, config="\n".join(config_lines(config)))
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
-
-
-def _toml(value: Scalar) -> str:
-    """A scalar as TOML. JSON's spelling of text, bool and int is valid TOML, but for U+007F; repr's of float is too."""
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 if __name__ == "__main__":

@@ -53,10 +53,9 @@ def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.detach().reshape(-1).clone() for tensor in tensors])
 
 
-def batches_of(here: Resident, samples: Sequence[Any], round: int, client: str, count: int) -> list[Batch]:
+def batches_of(here: Resident, asked: RunConfig, samples: Sequence[Any], round: int, client: str, count: int) -> list[Batch]:
     """The batches of a client and round in order."""
-    pool = here.algorithm.pool(here.config, here.replica.layout, 0)
-    batches = here.work(client, samples, round, pool).batches
+    batches = here.batches(asked, client, samples, round)
     return [next(batches) for _ in range(count)]
 
 
@@ -67,7 +66,7 @@ def trained(asked: RunConfig, samples: Callable[[Resident], Sequence[Any]], clie
     base = flat(weights)
     for round in range(1, asked.rounds + 1):
         optimiser = torch.optim.SGD(weights, lr=asked.lr)
-        for batch in batches_of(here, samples(here), round, client, asked.client_steps):
+        for batch in batches_of(here, asked, samples(here), round, client, asked.client_steps):
             optimiser.zero_grad()
             response_loss(model, batch).backward()
             optimiser.step()
@@ -131,9 +130,9 @@ def update(scalars: np.ndarray[Any, Any], *, examples: int, weights: bool = Fals
 # ---------------------------------------------------------------------------------------------------- zeroth order
 
 
-def walked(here: Resident, batches: Sequence[Batch], pool: Pool) -> torch.Tensor:
+def walked(here: Resident, asked: RunConfig, batches: Sequence[Batch], pool: Pool) -> torch.Tensor:
     """w0 - lr/P sum g z along the directions of `pool` in order, by plain loops over dense directions."""
-    asked, weights = here.config, here.replica.weights
+    weights = here.replica.weights
     z = torch.from_numpy(dense(pool, here.replica.layout)).float()
     w, each = flat(weights), asked.directions_per_step
 
@@ -158,7 +157,7 @@ def test_one_client_follows_a_plain_zeroth_order_walk(settings: Settings, name: 
     pool = own_pool(asked, 1, "0") if name == "fedzo" else here.algorithm.pool(asked, here.replica.layout, 0)
     assert pool.size == asked.local_steps * 2
     base = flat(here.replica.weights)
-    expected = walked(here, batches_of(here, here.data.clients[0], 1, "0", asked.local_steps), pool)
+    expected = walked(here, asked, batches_of(here, asked, here.data.clients[0], 1, "0", asked.local_steps), pool)
     assert float((tuned(asked) - expected).norm() / (expected - base).norm()) < 1e-2
 
 

@@ -341,8 +341,7 @@ def test_the_order_of_data_does_not_depend_on_candidate_seeds(settings: Settings
 
     def order(asked: RunConfig, round: int = 1, client: str = "0") -> list[list[int]]:
         here = Resident(asked)
-        pool = here.algorithm.pool(asked, here.replica.layout, 0)
-        own = here.work(client, here.data.clients[0], round, pool).batches
+        own = here.batches(asked, client, here.data.clients[0], round)
         return [batch.input_ids[0].tolist() for batch in islice(own, 12)]
 
     first = order(settings("fedkseed"))

@@ -20,10 +20,11 @@ pytestmark = [
 def slopes(folder: Path, data: Path, **changes: object) -> list[float]:
     """What the first step of a client measures along three directions, and the loss."""
     settings = {"model": str(folder), "data": str(data), "device": "cuda", "max_length": 64, "template": "plain", "K": 16}
-    here = Resident(RunConfig.from_mapping({**settings, "clients": 2, "min_samples": 2, "eps": 1e-3, **changes}))
-    state = here.algorithm.start(here.config, here.replica.layout)
-    work = here.work("0", here.data.clients[0], 1, state.pool)
-    gradients, loss = two_point(work, [1, 5, 5], here.config.eps)
+    config = RunConfig.from_mapping({**settings, "clients": 2, "min_samples": 2, "eps": 1e-3, **changes})
+    here = Resident(config)
+    state = here.algorithm.start(config, here.replica.layout)
+    work = here.work(config, "0", here.data.clients[0], 1, state.published(config.coefficient_bits))
+    gradients, loss = two_point(work, [1, 5, 5], config.eps)
     assert gradients[1] == gradients[2]
     return [*gradients, loss]
 

@@ -74,7 +74,7 @@ def test_perturbing_restores_the_weights(settings: Callable[..., RunConfig]) -> 
     """Also when the loss raises half way through the forward pass."""
     here = resident(settings())
     before = weights_of(here)
-    directions = here.replica.directions(here.algorithm.pool(here.config, here.replica.layout, 0))
+    directions = here.replica.directions(here.algorithm.pool(settings(), here.replica.layout, 0))
     tokens = torch.tensor([[1, 2, 3]])
     last = directions.pool.size - 1  # of axes: an output weight, which every prediction depends on
     with torch.no_grad(), here.replica.perturbation.at(directions, last, 0.1):
