@@ -15,6 +15,7 @@ from fedtune.only_one import OnlyOne
 LEDGER, LOCK = "ledger.sqlite", "ledger.lock"
 APPLICATION, FORMAT = 0x46544C47, 2  # "FTLG"
 BUSY_SECONDS = 10.0
+PATIENCE = 0.5  # seconds that a writer waits for the lock: somebody may just be asking whether it is held
 PAGE = 2048  # bytes; an update of 4,096 coordinates leaves less of its last page empty than with SQLite's 4,096
 
 SCHEMA = (
@@ -38,7 +39,7 @@ SCHEMA = (
 def lock(folder: Path) -> OnlyOne:
     """The right to write the ledger in `folder`. Raises LockedLedgerError if another process has it."""
     try:
-        return OnlyOne(folder / LOCK)
+        return OnlyOne(folder / LOCK, PATIENCE)
     except BlockingIOError:
         raise LockedLedgerError(
             f"Another process carries on the run in '{folder}': wait for it, or stop it with `fedtune stop {folder}`."
