@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import sqlite3
 
+NEAR = 1 << 17  # bytes below a limit at which a write may meet it
 FULL = "the disk is full. Free some space"
+MEMORY = "memory is short. Close other programs, or raise the limit (ulimit -v)"
 LIMITED = "a limit on the size of a file was met (ulimit -f). Raise it"
 _ROOM = {errno.ENOSPC: FULL, errno.EDQUOT: "your quota of disk space is used up. Free some space", errno.EFBIG: LIMITED}
 _SHORT = (  # what libraries say when memory is short
@@ -23,6 +25,16 @@ _SHORT = (  # what libraries say when memory is short
 def why_no_room(error: OSError) -> str:
     """Why there is no room on the disk, and what to do ("" if the error is another one); a clause without a full stop."""
     return _ROOM.get(error.errno or 0, "")
+
+
+def met_size_limit(size: int) -> bool:
+    """Whether a file of `size` bytes stands at the limit that this process has for files."""
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return False
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return limit != resource.RLIM_INFINITY and size + NEAR >= limit
 
 
 def memory_is_short(error: BaseException | None) -> bool:
