@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from fedtune.bounded import BadJsonError, parse_json
-from fedtune.errors import DamagedLedgerError
+from fedtune.config import RunConfig
+from fedtune.errors import ConfigError, DamagedLedgerError, ForeignLedgerError, UnknownSettingError
 from fedtune.foreign import for_screen
 from fedtune.traffic import Traffic
 
@@ -142,6 +143,24 @@ class Cells:
             table=self.table,
             column=column,
         )
+
+
+def settings_in(used: Mapping[str, Any], where: str) -> RunConfig:
+    """The settings that a ledger has `where` ("the header").
+
+    Raises:
+        ForeignLedgerError: a setting that this program does not know. DamagedLedgerError: a value that no run can have.
+    """
+    try:
+        return RunConfig.from_mapping(used)
+    except UnknownSettingError as error:
+        raise ForeignLedgerError(
+            f"The run has a setting that this program does not know ({error}): use the fedtune that made it."
+        ) from None
+    except ConfigError as error:
+        raise DamagedLedgerError(
+            f"No run can have the settings in {where} of the ledger ({error}) Restore it.", row=where
+        ) from None
 
 
 # ---------------------------------------------------------------------- the forms of JSON in a ledger
