@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,8 +63,8 @@ def read_file(path: Path, most: int, *, follow: bool = True) -> bytes:
         return data
 
 
-def parse_json(text: bytes | str) -> Any:
-    """The value of a JSON text in UTF-8.
+def parse_json(text: bytes | str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text in UTF-8; `object_pairs_hook` as json.loads has it.
 
     Raises:
         BadJsonError: it is none, is nested deeper than DEEPEST, has more than MOST_CONTAINERS objects and lists, a number that
@@ -74,7 +74,8 @@ def parse_json(text: bytes | str) -> Any:
         data = text.encode() if isinstance(text, str) else text
         if data.count(b"{") + data.count(b"[") > MOST_CONTAINERS:
             raise BadJsonError(f"it has more than {MOST_CONTAINERS:,} objects and lists")
-        value = json.loads(data.decode(), parse_int=_whole, parse_float=_real, parse_constant=_refuse_constant)
+        numbers: dict[str, Any] = {"parse_int": _whole, "parse_float": _real, "parse_constant": _refuse_constant}
+        value = json.loads(data.decode(), object_pairs_hook=object_pairs_hook, **numbers)
     except RecursionError:
         raise BadJsonError(f"it is nested deeper than {DEEPEST} brackets") from None
     except json.JSONDecodeError as error:

@@ -180,7 +180,7 @@ _CODES: dict[int, tuple[type[LedgerError], str]] = {
     sqlite3.SQLITE_CORRUPT: (DamagedLedgerError, "the file is damaged. Restore it from a copy"),
     sqlite3.SQLITE_INTERRUPT: (DamagedLedgerError, "its pages lead in circles. Restore it from a copy"),
     sqlite3.SQLITE_TOOBIG: (DamagedLedgerError, "a cell is larger than the file. Restore it from a copy"),
-    sqlite3.SQLITE_NOMEM: (LedgerError, f"{MEMORY} {_KEPT}"),
+    sqlite3.SQLITE_NOMEM: (LedgerError, f"there is not enough memory: {MEMORY} {_KEPT}"),
     sqlite3.SQLITE_NOTADB: (
         ForeignLedgerError,
         "it is not an SQLite file. Give the folder of a run, or restore it from a copy",

@@ -7,7 +7,7 @@ import sqlite3
 
 NEAR = 1 << 17  # bytes below a limit at which a write may meet it
 FULL = "the disk is full. Free some space"
-MEMORY = "memory is short. Close other programs, or raise the limit (ulimit -v)"
+MEMORY = "close other programs, or raise the limit of memory (ulimit -v)"
 LIMITED = "a limit on the size of a file was met (ulimit -f). Raise it"
 _ROOM = {errno.ENOSPC: FULL, errno.EDQUOT: "your quota of disk space is used up. Free some space", errno.EFBIG: LIMITED}
 _SHORT = (  # what libraries say when memory is short
