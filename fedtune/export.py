@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig, Scalar
 from fedtune.delta import Delta, encode
 from fedtune.directions.base import Pool
-from fedtune.errors import FedtuneError, ModelError, RunFolderError, StaleReplicaError, WireError
+from fedtune.errors import ConfigError, FedtuneError, ModelError, RunFolderError, StaleReplicaError, WireError
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, resolve_model
 from fedtune.no_room import why_no_room
@@ -111,7 +112,7 @@ def delta_of_run(run: RunFolder, name: str = FINAL, base: Base = AS_STORED, ways
         raise _another_base(config, complete.layout, layout.digest)
     used = {number: pool for number, pool in enumerate(complete.pools) if not pool.is_zero}
     return Delta(
-        base=_base_name(config if base.model else run.config()),
+        base=_base_name(run.config()),
         dtype=config.dtype,
         fingerprint=complete.fingerprint,
         tensors=layout.tensors,
@@ -177,9 +178,22 @@ def _coefficients(run: RunFolder, name: str, config: RunConfig, layout: Layout) 
         raise _damaged(run, name, error) from None
 
 
+_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})")  # where the hub's cache keeps a model
+
+
 def _base_name(config: RunConfig) -> str:
-    """What to call the base model where its path means nothing: hub name (with revision), or folder name."""
-    source = config.model if config.model == "embedded" else resolve_model(config.model)
+    """What to call the base model where its path means nothing: hub name (with revision), or folder name.
+
+    A variable in the name is expanded only where that gives a folder: a run folder may be somebody else's, and this is published.
+    """
+    source = config.model
+    if source == "embedded" or "$" in source or source[:1] == "~":
+        with suppress(ConfigError):
+            found = resolve_model(source)
+            source = found if Path(found).is_dir() else source
+    cached = _SNAPSHOT.search(source)
+    if cached:
+        return "{}/{}@{}".format(*cached.groups())
     if source == "embedded" or Path(source).is_dir() or source.count("/") > 1 or source[:1] in "./~":
         return Path(source).name
     return f"{source}@{config.revision}" if config.revision else source
