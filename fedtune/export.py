@@ -184,7 +184,8 @@ _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})")  # 
 def _base_name(config: RunConfig) -> str:
     """What to call the base model where its path means nothing: hub name (with revision), or folder name.
 
-    A variable in the name is expanded only where that gives a folder: a run folder may be somebody else's, and this is published.
+    A variable in the name is expanded only where that gives a folder: a run folder may be somebody else's, and this name is
+    published.
     """
     source = config.model
     if source == "embedded" or "$" in source or source[:1] == "~":

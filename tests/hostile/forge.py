@@ -23,9 +23,8 @@ def columns() -> list[tuple[str, str]]:
 
 def put(path: Path, table: str, column: str, value: object, *, row: int = 0) -> None:
     """Write `value` into a cell, whatever its type, and make every digest right again."""
-    change(path, lambda raw: raw.execute(
-        f"UPDATE {table} SET {column} = ? WHERE rowid = (SELECT rowid FROM {table} ORDER BY rowid LIMIT 1 OFFSET ?)", (value, row)
-    ))  # fmt: skip
+    where = f"rowid = (SELECT rowid FROM {table} ORDER BY rowid LIMIT 1 OFFSET ?)"
+    change(path, lambda raw: raw.execute(f"UPDATE {table} SET {column} = ? WHERE {where}", (value, row)))
 
 
 def change(path: Path, act: Callable[[sqlite3.Connection], object]) -> None:
@@ -57,7 +56,7 @@ def chain(raw: sqlite3.Connection) -> None:
         raw.execute("UPDATE header SET digest = ?", (link(START, "header", row[1:-1]),))
     first = raw.execute("SELECT digest FROM header").fetchone()
     heads = {table: first[0] if first else START for table in ("rounds", "events")}
-    for table in heads:
+    for table in ("rounds", "events"):
         for rowid, *row in raw.execute(f"SELECT rowid, * FROM {table} ORDER BY number").fetchall():
             if table == "rounds":
                 used = raw.execute("SELECT client, share, payload FROM updates WHERE round = ? ORDER BY client", (row[0],))

@@ -42,7 +42,7 @@ TEXTS: dict[str, bytes] = {
     "zeros": bytes(5000),
     "other types": json.dumps({
         "used": {"rounds": [], "model": {}, "algorithm": [1]}, "clients": 5, "refused": [1], "seconds": {"a": "b", "c": 1e308},
-        "round": {}, "digest": [], "texts": 5, "prompts": {}, "rounds": "x", "doing": [], "error": {}, "message": [], "type": {},
+        "round": {}, "digest": [], "texts": 5, "prompts": {}, "rounds": "x", "doing": [], "error": {}, "message": [],
         "bytes_up": 1e308, "bytes_down": 1e308, "traffic": 7, "pid": "x", "summary": [[]], "parameters": 1e308,
     }).encode() + b"\n",
     "rounds without end": b'{"round": 4611686018427387904, "clients": ["0"], "bytes_up": 18446744073709551615}\n' * 3,
@@ -58,7 +58,7 @@ PLACES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", PLACES)
-def test_whatever_stands_in_place_of_a_file_the_commands_that_look_end(
+def test_whatever_stands_in_place_of_a_file_commands_that_look_end(
     kind: str, finished: Path, told: Told, tmp_path: Path
 ) -> None:
     refused = 0

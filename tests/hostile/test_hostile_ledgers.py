@@ -46,7 +46,8 @@ NASTY = (
     "{}",
 )
 VALUES = (
-    None, 0, -1, 5, 2**62, -(2**63), 0.5, 1e308, -1e308, float("inf"), "", "x", b"", b"x", b"\xff" * 16, b"\0" * 32, b"{}", *NASTY,
+    None, 0, -1, 5, 2**62, -(2**63), 0.5, 1e308, -1e308, float("inf"), "", "x", b"", b"x", b"\xff" * 16, b"\0" * 32, b"{}",
+    *NASTY,
 )  # fmt: skip
 
 
@@ -196,7 +197,7 @@ def test_a_round_number_without_end_is_no_loop(round: int, folder: Path, told: T
     forge.put(folder / LEDGER, "rounds", "number", round, row=2)
     for command in (("report",), ("ledger", "show"), ("ledger", "verify"), ("status",)):
         told(*command, folder)
-    assert "damaged" in told("simulate", "--resume", folder, "--quiet") or round == -1
+    assert "is not as it was written, from round" in told("simulate", "--resume", folder, "--quiet")
 
 
 def test_a_model_of_2_to_the_40_parameters_is_not_made(sound: Path, tmp_path: Path) -> None:
@@ -222,11 +223,9 @@ def test_a_model_of_2_to_the_40_parameters_is_not_made(sound: Path, tmp_path: Pa
 
 def test_a_text_that_is_not_utf_8_names_its_cell(sound: Path, tmp_path: Path) -> None:
     folder = copied(sound, tmp_path / "copy")
-    forge.change(
-        folder / LEDGER, lambda raw: raw.execute("UPDATE rounds SET refused = CAST(x'7bff7d' AS TEXT) WHERE number = 1")
-    )
-    with (
-        Ledger.open(folder) as ledger,
-        pytest.raises(DamagedLedgerError, match=r"column refused of round 1 \(table rounds\) is no text in UTF-8"),
-    ):
+    content = (folder / LEDGER).read_bytes()
+    at = content.index(b'{"aggregate":')  # seconds of a round
+    (folder / LEDGER).write_bytes(content[: at + 2] + b"\xff" + content[at + 3 :])
+    named = r"column (cpu_)?seconds of round \d \(table rounds\) is no text in UTF-8"
+    with Ledger.open(folder) as ledger, pytest.raises(DamagedLedgerError, match=named):
         list(ledger.rounds())
