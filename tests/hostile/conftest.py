@@ -1,39 +1,16 @@
-"""A finished run that tests damage, a limit on how long a command may take, and what a command may end with."""
+"""A finished run that tests damage, and what a command on it may end with."""
 
 from __future__ import annotations
 
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import pytest
+from limits import Told, in_time
 
 from fedtune.cli import main
 from fedtune.run_folder import RunFolder
 from tests.laws.federation import config, run
-
-SECONDS = 20  # that any command may take here; a pipe that is waited for takes for ever
-
-Told = Callable[..., str]
-
-
-@contextmanager
-def in_time() -> Iterator[None]:
-    """Raise TimeoutError inside the block when it takes too long."""
-
-    def late(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"it did not end within {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

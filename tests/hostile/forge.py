@@ -31,8 +31,11 @@ def change(path: Path, act: Callable[[sqlite3.Connection], object]) -> None:
     """Do anything to the tables, and make every digest right again."""
     with_schema(path, lambda sql: sql.replace(" STRICT", "").replace(" NOT NULL", "").replace(" CHECK (id = 1)", ""))
     raw = sqlite3.connect(path, isolation_level=None)
+    raw.execute("PRAGMA synchronous = OFF")
+    raw.execute("BEGIN")
     act(raw)
     chain(raw)
+    raw.execute("COMMIT")
     raw.close()
     whole = dict(zip((statement.split(" ")[2] for statement in SCHEMA), SCHEMA, strict=True))
     with_schema(path, lambda sql: whole[sql.split(" ")[2]])
@@ -41,6 +44,7 @@ def change(path: Path, act: Callable[[sqlite3.Connection], object]) -> None:
 def with_schema(path: Path, edit: Callable[[str], str]) -> None:
     """Edit the text of every table in place."""
     raw = sqlite3.connect(path, isolation_level=None)
+    raw.execute("PRAGMA synchronous = OFF")
     raw.execute("PRAGMA writable_schema = ON")
     for rowid, sql in raw.execute("SELECT rowid, sql FROM sqlite_schema WHERE sql IS NOT NULL").fetchall():
         raw.execute("UPDATE sqlite_schema SET sql = ? WHERE rowid = ?", (edit(sql), rowid))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Told
+from limits import Told
 
 from fedtune.run_folder import RunFolder
 

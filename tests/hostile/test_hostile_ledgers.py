@@ -9,9 +9,9 @@ from pathlib import Path
 
 import forge
 import pytest
-from conftest import Told, in_time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from limits import Told, in_time
 
 from fedtune.errors import DamagedLedgerError, LedgerError
 from fedtune.ledger import Ledger
