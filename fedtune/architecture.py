@@ -18,15 +18,12 @@ from transformers import AutoModelForCausalLM
 from fedtune.algorithms import ALGORITHMS
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch
-from fedtune.embedded import shipped_path
+from fedtune.embedded import SHIPPED, shipped_path
 from fedtune.errors import ModelError
 from fedtune.layout import Layout
 from fedtune.models import DTYPES, check_positions, read_config, resolve_model
 from fedtune.needs import Needs, needs
 from fedtune.perturb import Perturbation
-
-SHIPPED = "papers/architectures"
-"""Folder of `simulations` with ORG/NAME/config.json of the papers' models."""
 
 
 def architecture_folder(config: RunConfig) -> Path:

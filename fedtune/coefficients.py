@@ -80,7 +80,7 @@ class Coefficients:
         return state.digest()[:16]
 
 
-def summable(pool: Pool, q: I32, exponents: I32) -> bool:
+def summable(pool: Pool, q: Whole, exponents: I32) -> bool:
     """Whether coefficients can be added to float32 weights everywhere alike: their sums are exact, or there are none."""
     if pool.disjoint:
         return bool((exponents[q.any(axis=1)] <= MAX_EXPONENT - WIDE_BITS).all())

@@ -20,6 +20,7 @@ from fedtune.delta_reader import read
 from fedtune.directions.base import F64
 from fedtune.errors import DeltaMismatchError
 from fedtune.run_folder import RunFolder
+from fedtune.trust import COMPARE
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def delta_at(place: Path) -> Delta:
         return read(place)
     from fedtune.export import delta_of_run  # brings transformers, which files do without
 
-    return delta_of_run(RunFolder.open(place))
+    return delta_of_run(RunFolder.open(place), ways=COMPARE)
 
 
 def compare(a: Delta, b: Delta) -> Comparison:

@@ -8,26 +8,29 @@ is refused.
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.coefficients import I32, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
+from fedtune.bounded import opened, parse_json
+from fedtune.coefficients import I32, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, Whole, summable
 from fedtune.config import RunConfig
 from fedtune.delta import FORMAT, VERSION, WIDTHS, Delta, declared, encode
 from fedtune.directions.base import DISJOINT, MAX_AXES, MAX_POOL, Pool
 from fedtune.errors import DeltaMismatchError, MalformedDeltaError
+from fedtune.foreign import for_screen
 from fedtune.layout import BlockRule
 
 MOST_HEADER = 1 << 22  # bytes of header that are read; one of 10,000 pools has a tenth of it
 MOST_BLOCKS = MOST_POOLS = 65536
+MOST_COEFFICIENTS = 1 << 29
 LONGEST_NAME = 200
 KEYS = (
     "format", "version", "fedtune", "base", "dtype", "fingerprint", "tensors", "layout", "block_rule", "block_sizes",
@@ -47,7 +50,7 @@ def read(path: Path) -> Delta:
         MalformedDeltaError: there is none, or it is damaged, or something else. DeltaMismatchError: another format version.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return _decode(file, os.fstat(file.fileno()).st_size, f"'{path}'")
     except OSError as error:
         reason = error.strerror or type(error).__name__
@@ -100,9 +103,9 @@ def _read_header(file: BinaryIO, size: int, name: str) -> bytes:
 def _parse(text: bytes, name: str) -> dict[str, Any]:
     """The header as JSON with the keys of a delta; the tensors of another safetensors file are named."""
     try:
-        header = json.loads(text, object_pairs_hook=_no_twins)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(name, f"its header is not JSON: {error}") from None
+        header = parse_json(text, object_pairs_hook=_no_twins)
+    except ValueError as error:
+        raise _damaged(name, f"its header is not JSON: {for_screen(str(error))}") from None
     if not isinstance(header, dict):
         raise _damaged(name, "its header is not an object")
     metadata = header.get("__metadata__")
@@ -127,20 +130,21 @@ def _check_tensors(header: Mapping[str, Any], shape: Sequence[int], name: str) -
     """The numpy type of `q` and the bytes of both tensors, if they are declared as `encode` does."""
     q = header.get("q")
     code = q.get("dtype") if isinstance(q, dict) else None
-    if code not in WIDTHS:
+    if not isinstance(code, str) or code not in WIDTHS:
         raise _damaged(name, f"its tensor q is {ascii(code)[:20]}, not one of {', '.join(WIDTHS)}")
     expected = declared(code, shape)
     for key, one in expected.items():
         if header.get(key) != one:
             raise _damaged(name, f"its tensor {key} is not {one['dtype']} {one['shape']} at {one['data_offsets']}")
+    if shape[0] * shape[1] * shape[2] > MOST_COEFFICIENTS:
+        raise _damaged(name, f"it has more than {MOST_COEFFICIENTS:,} coefficients")
     return WIDTHS[code][0], shape[0] * shape[1] * (shape[2] * np.dtype(WIDTHS[code][0]).itemsize + 1)
 
 
-def _tensors(body: bytes, width: npt.DTypeLike, shape: tuple[int, int, int], name: str) -> tuple[I32, I32]:
-    """int32 [pools, L, K] and [pools, L]: q and exponents, if their values are those of a grid."""
-    ends = len(body) - shape[0] * shape[1]
-    q = np.frombuffer(body[:ends], dtype=width).astype(np.int32).reshape(shape)
-    exponents = np.frombuffer(body[ends:], dtype="<i1").astype(np.int32).reshape(shape[:2])
+def _tensors(body: bytes, width: npt.DTypeLike, shape: tuple[int, int, int], name: str) -> tuple[Whole, I32]:
+    """q [pools, L, K] as it is in the file and exponents int32 [pools, L], if their values are those of a grid."""
+    q = np.frombuffer(body, dtype=width, count=prod(shape)).reshape(shape)
+    exponents = np.frombuffer(body, dtype="<i1", offset=q.nbytes).astype(np.int32).reshape(shape[:2])
     if (exponents < MIN_EXPONENT).any() or (exponents > MAX_EXPONENT).any():
         raise _damaged(name, f"an exponent is outside {MIN_EXPONENT} .. {MAX_EXPONENT}")
     used = np.any(q, axis=2)
@@ -211,7 +215,7 @@ class _Fields:
         """The largest K of the family."""
         return MAX_AXES if self.choice("family") in DISJOINT else MAX_POOL
 
-    def delta(self, q: I32, exponents: I32) -> Delta:
+    def delta(self, q: Whole, exponents: I32) -> Delta:
         """The delta with these coefficients, [pools, L, K] and [pools, L]."""
         family, size = self.choice("family"), self.number("K", 1, self.most())
         rank = self.number("rank", 1, 256 if family == "lowrank" else 1)

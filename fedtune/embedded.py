@@ -7,6 +7,9 @@ from pathlib import Path
 
 from fedtune.errors import ConfigError
 
+SHIPPED = "papers/architectures"
+"""Folder of `simulations` with ORG/NAME/config.json of the papers' models."""
+
 
 def embedded_path(name: str) -> Path:
     """The path of `simulations/embedded/<name>`. Raises ConfigError if this installation lacks it."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from fedtune.algorithms import ALGORITHMS
 from fedtune.algorithms.base import pool_number
 from fedtune.architecture import layout_of_architecture
 from fedtune.coefficients import Coefficients
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, Scalar
 from fedtune.delta import Delta, encode
 from fedtune.directions.base import Pool
-from fedtune.errors import MalformedMessageError, ModelError, RunFolderError
+from fedtune.errors import ConfigError, FedtuneError, ModelError, RunFolderError, StaleReplicaError, WireError
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, resolve_model
+from fedtune.no_room import why_no_room
 from fedtune.resident import Resident
 from fedtune.run_folder import COEFFICIENTS, RunFolder, check_new
+from fedtune.trust import EXPORT, Ways, base_of, own_code_explained
 from fedtune.wire import Instruction
 
 FINAL = COEFFICIENTS
@@ -39,48 +42,71 @@ class Exported:
     bytes: int
 
 
-def load_tuned(run: RunFolder, name: str = FINAL, model: str = "") -> tuple[LanguageModel, int, bytes]:
+@dataclass(frozen=True)
+class Base:
+    """What is said about the base model by whoever asks, and not by the run folder, which anybody may have made.
+
+    Attributes:
+        model: folder or hub name; "": what the run folder names, if it is on this machine (`fedtune.trust`).
+        revision: of a hub model that is named here.
+        trust_remote_code: whether Python code that comes with the model may run.
+    """
+
+    model: str = ""
+    revision: str = ""
+    trust_remote_code: bool = False
+
+
+AS_STORED = Base()
+
+
+def load_tuned(run: RunFolder, name: str = FINAL, base: Base = AS_STORED) -> tuple[LanguageModel, int, bytes]:
     """The tuned model of a run in memory (on the CPU), with the round and the digest of its state.
 
     Args:
         name: which coefficients, FINAL or BEST (of the lowest held-out loss).
-        model: where the base model is now, if not where it was ("").
+        base: the base model, if not where it was.
 
     Raises:
         RunFolderError: the folder has no coefficients, or damaged ones.
         ModelError: the base model is not the one that the run started from.
     """
-    config = _config(run, model)
+    config = _config(run, base)
     here = Resident(config)
-    replica = here.replica
+    with own_code_explained(run.config(), config, EXPORT):
+        replica = here.replica
     complete = _coefficients(run, name, config, replica.layout)
     if complete.fingerprint != replica.fingerprint:
         raise _another_base(config, complete.fingerprint, replica.fingerprint)
-    replica.become(Coefficients(complete.pools), complete.digest)
+    try:
+        replica.become(Coefficients(complete.pools), complete.digest)
+    except StaleReplicaError as error:
+        raise _damaged(run, name, error) from None
     return here.language_model, complete.round - 1, complete.digest
 
 
-def export_run(run: RunFolder, out: Path, name: str = FINAL, model: str = "") -> Exported:
+def export_run(run: RunFolder, out: Path, name: str = FINAL, base: Base = AS_STORED) -> Exported:
     """Write the tuned model of `run` to the new folder `out`, loadable with AutoModelForCausalLM.from_pretrained.
 
     Raises:
         RunFolderError: `out` exists or cannot be written, or see `load_tuned`. ModelError: see `load_tuned`.
     """
     check_new(out)
-    lm, round, digest = load_tuned(run, name, model)
+    lm, round, digest = load_tuned(run, name, base)
     lm = replace(lm, model=ALGORITHMS[run.config().algorithm].merge(lm.model))
     return Exported(out, round, digest.hex(), write_folder(lm, out))
 
 
-def delta_of_run(run: RunFolder, name: str = FINAL, model: str = "") -> Delta:
+def delta_of_run(run: RunFolder, name: str = FINAL, base: Base = AS_STORED, ways: Ways = EXPORT) -> Delta:
     """The tuned model of `run` as a delta; of the base model only the config.json is needed. Raises as `load_tuned` does."""
-    config = _config(run, model)
+    config = _config(run, base, ways, weights=False)
     if config.algorithm == "lora":
         raise RunFolderError(
             "A delta changes the base model's own weights, and the run tuned adapters beside them: "
             "use --format hf, which merges them."
         )
-    layout = layout_of_architecture(config)
+    with own_code_explained(run.config(), config, ways):
+        layout = layout_of_architecture(config)
     complete = _coefficients(run, name, config, layout)
     if complete.layout != layout.digest:
         raise _another_base(config, complete.layout, layout.digest)
@@ -104,14 +130,14 @@ def delta_of_run(run: RunFolder, name: str = FINAL, model: str = "") -> Delta:
     )
 
 
-def export_delta(run: RunFolder, out: Path, name: str = FINAL, model: str = "") -> Exported:
+def export_delta(run: RunFolder, out: Path, name: str = FINAL, base: Base = AS_STORED) -> Exported:
     """Write the tuned model of `run` to the new file `out`, as a delta.
 
     Raises:
         RunFolderError: `out` exists or cannot be written, or see `load_tuned`. ModelError: see `load_tuned`.
     """
     check_new(out)
-    delta = delta_of_run(run, name, model)
+    delta = delta_of_run(run, name, base)
     data = encode(delta)
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -129,9 +155,13 @@ def export_delta(run: RunFolder, out: Path, name: str = FINAL, model: str = "") 
     return Exported(out, delta.round, delta.digest.hex(), len(data))
 
 
-def _config(run: RunFolder, model: str) -> RunConfig:
-    config = run.config().replace(device="cpu", device_map="none", offload=False)
-    return config.replace(model=model) if model else config
+def _config(run: RunFolder, base: Base, ways: Ways = EXPORT, *, weights: bool = True) -> RunConfig:
+    """The settings of a run, on the CPU, with the base model that is said now."""
+    stored = run.config()
+    if not base.model:
+        base = replace(base, model=base_of(stored, ways, weights=weights), revision=stored.revision)
+    named: dict[str, Scalar] = asdict(base)
+    return stored.replace(**named, device="cpu", device_map="none", offload=False)
 
 
 def _coefficients(run: RunFolder, name: str, config: RunConfig, layout: Layout) -> Instruction:
@@ -144,13 +174,27 @@ def _coefficients(run: RunFolder, name: str, config: RunConfig, layout: Layout) 
     most = pool_number(config, config.rounds) + 1
     try:
         return wire.decode_instruction(run.read_bytes(name), pool_at, most, layout.blocks, config.coefficient_bits)
-    except MalformedMessageError as error:
-        raise RunFolderError(f"'{run.path / name}' is damaged ({error}) Restore it from a copy.", name=name) from None
+    except (WireError, StaleReplicaError) as error:
+        raise _damaged(run, name, error) from None
+
+
+_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})")  # where the hub's cache keeps a model
 
 
 def _base_name(config: RunConfig) -> str:
-    """What to call the base model where its path means nothing: hub name (with revision), or folder name."""
-    source = config.model if config.model == "embedded" else resolve_model(config.model)
+    """What to call the base model where its path means nothing: hub name (with revision), or folder name.
+
+    A variable in the name is expanded only where that gives a folder: a run folder may be somebody else's, and this name is
+    published.
+    """
+    source = config.model
+    if source == "embedded" or "$" in source or source[:1] == "~":
+        with suppress(ConfigError):
+            found = resolve_model(source)
+            source = found if Path(found).is_dir() else source
+    cached = _SNAPSHOT.search(source)
+    if cached:
+        return "{}/{}@{}".format(*cached.groups())
     if source == "embedded" or Path(source).is_dir() or source.count("/") > 1 or source[:1] in "./~":
         return Path(source).name
     return f"{source}@{config.revision}" if config.revision else source
@@ -190,7 +234,10 @@ def _another_base(config: RunConfig, expected: bytes, got: bytes) -> ModelError:
     )
 
 
+def _damaged(run: RunFolder, name: str, error: FedtuneError) -> RunFolderError:
+    return RunFolderError(f"'{run.path / name}' is damaged ({error}) Restore it from a copy.", name=name)
+
+
 def _not_written(out: Path, error: OSError) -> RunFolderError:
-    return RunFolderError(
-        f"'{out}' could not be written: {error.strerror or error}. Free some space or give another place with --out."
-    )
+    why = why_no_room(error) or error.strerror or type(error).__name__
+    return RunFolderError(f"'{out}' could not be written: {why}, or give another place with --out.")

@@ -14,7 +14,7 @@ round and its snapshot are one transaction in a write-ahead log that is flushed 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +24,10 @@ from typing import Any, Self
 
 from fedtune.chain import Value, as_text, link
 from fedtune.errors import DamagedLedgerError, LedgerError
-from fedtune.ledger_file import LEDGER, begin, check_kind, connect, explained, lock, sync
+from fedtune.ledger_cells import MOST_ROUNDS, Cells
+from fedtune.ledger_file import LEDGER, Steps, begin, check_files, check_kind, connect, explained, lock, sync, to_write
 from fedtune.only_one import OnlyOne
-from fedtune.traffic import Traffic, as_lists, from_lists, total
+from fedtune.traffic import Traffic, as_lists, total
 
 START = b"\x00" * 32  # the digest before the header
 
@@ -131,6 +132,7 @@ class Ledger:
 
     def __init__(self, path: Path, connection: sqlite3.Connection, lock: OnlyOne | None) -> None:
         self.path, self._connection, self._lock = path, connection, lock
+        self._steps = Steps(path, connection)
 
     @classmethod
     def create(cls, folder: Path, header: Header, snapshot: Snapshot, base: Round) -> Self:
@@ -166,13 +168,17 @@ class Ledger:
             LedgerError: there is none, or (writing) another process has it. ForeignLedgerError, DamagedLedgerError.
         """
         path = folder / LEDGER
-        if not path.is_file():
-            raise LedgerError(f"'{folder}' has no {LEDGER}: it is not the folder of a run, or of one older than ledgers.")
+        check_files(path, writing)
         held = lock(folder) if writing else None
         try:
             with explained(path):
                 connection = connect(path, writing)
-                check_kind(path, connection)
+                with contextlib.ExitStack() as stack:
+                    stack.callback(connection.close)
+                    check_kind(path, connection)
+                    if writing:
+                        to_write(connection)
+                    stack.pop_all()
         except BaseException:
             if held:
                 held.release()
@@ -196,55 +202,107 @@ class Ledger:
     @property
     def header(self) -> Header:
         """What the run is."""
-        row = self._whole("header")
-        with _reading("the header"):
-            versions, asked, used = (json.loads(text) for text in row[1:4])
-            shapes = tuple((str(name), tuple(shape)) for name, shape in json.loads(row[6]))
-        return Header(row[0], versions, asked, used, row[4], row[5], shapes, row[7], row[8])
+        cells = self._whole("header")
+        return Header(
+            created=cells.text("created"),
+            versions=cells.texts("versions"),
+            asked=cells.mapping("asked"),
+            used=cells.mapping("used"),
+            fingerprint=cells.blob("fingerprint", 16),
+            layout=cells.blob("layout", 16),
+            shapes=cells.shapes("shapes"),
+            partition=cells.blob("partition", 32),
+            pool=cells.blob("pool", 8),
+        )
 
     @property
     def last(self) -> int:
         """Number of the last round that is committed."""
-        return int(self._one("SELECT max(number) FROM rounds")[0])
+        found = self._one("SELECT max(number) AS number FROM rounds")
+        return Cells(self.path, "rounds", "the last round", found).whole("number", most=MOST_ROUNDS)
 
     def round(self, number: int) -> Round:
         """One round."""
-        return _round(self._one(f"{_ROUNDS} WHERE number = ?", number))
+        return self._round(self._one("SELECT * FROM rounds WHERE number = ?", number))
 
     def rounds(self) -> Iterator[Round]:
         """All rounds in order, from 0."""
-        for row in self._rows(f"{_ROUNDS} ORDER BY number"):
-            yield _round(row)
+        for expected, row in enumerate(self._rows("SELECT * FROM rounds ORDER BY number")):
+            found = self._round(row)
+            if found.number != expected:
+                raise self._not_in_order("rounds", f"round {expected}")
+            yield found
+
+    def _round(self, row: Mapping[str, Any]) -> Round:
+        cells = Cells(self.path, "rounds", f"round {row['number']}", row)
+        return Round(
+            number=cells.whole("number", most=MOST_ROUNDS),
+            attempt=cells.whole("attempt"),
+            clients=cells.names("clients"),
+            refused=cells.texts("refused"),
+            train_loss=cells.real_or_none("train_loss"),
+            traffic=cells.traffic("traffic"),
+            seconds=cells.numbers("seconds"),
+            cpu_seconds=cells.numbers("cpu_seconds"),
+            elapsed=cells.real("elapsed"),
+            state=cells.blob("state", 16),
+        )
 
     def updates(self, number: int) -> list[Used]:
         """The updates that round `number` used, by client id."""
-        rows = self._rows("SELECT client, share, payload FROM updates WHERE round = ? ORDER BY client", number)
-        return [Used(*row) for row in rows]
+        found: list[Used] = []
+        for row in self._rows("SELECT client, share, payload FROM updates WHERE round = ? ORDER BY client", number):
+            cells = Cells(self.path, "updates", f"an update of round {number}", row)
+            used = Used(cells.text("client"), cells.real("share"), cells.blob("payload"))
+            if found and used.client.encode() <= found[-1].client.encode():
+                raise self._not_in_order("updates", f"round {number}")
+            found.append(used)
+        return found
 
     def events(self, kind: str = "", after: int = -1) -> Iterator[Happened]:
         """All events in order, or those of one kind, or of those the ones after round `after`."""
-        where = "WHERE ?1 IN ('', kind) AND ?2 IN (-1, round)"
-        for row in self._rows(f"SELECT number, round, kind, detail, elapsed FROM events {where} ORDER BY number", kind, after):
-            with _reading(f"event {row[0]}"):
-                yield Happened(row[0], row[1], row[2], json.loads(row[3]), row[4])
+        where, last = "WHERE ?1 IN ('', kind) AND ?2 IN (-1, round)", 0
+        for row in self._rows(f"SELECT * FROM events {where} ORDER BY number", kind, after):
+            cells = Cells(self.path, "events", f"event {row['number']}", row)
+            number, of_kind = cells.whole("number", 1), cells.text("kind")
+            if number <= last:
+                raise self._not_in_order("events", f"event {number}")
+            last, detail = number, cells.detail("detail", of_kind)
+            yield Happened(number, cells.whole("round", most=MOST_ROUNDS), of_kind, detail, cells.real("elapsed"))
 
     @property
     def pool_count(self) -> int:
         """How many pools are finished."""
-        return int(self._one("SELECT count(*) FROM pools")[0])
+        found = self._one("SELECT coalesce(max(number) + 1, 0) AS number FROM pools")
+        return Cells(self.path, "pools", "the last pool", found).whole("number", most=MOST_ROUNDS)
 
     def pools(self) -> list[bytes]:
         """Encoded coefficients of the pools that are finished, in order."""
-        return [row[0] for row in self._rows("SELECT coefficients FROM pools ORDER BY number")]
+        found: list[bytes] = []
+        for row in self._rows("SELECT * FROM pools ORDER BY number"):
+            cells = Cells(self.path, "pools", f"pool {row['number']}", row)
+            if cells.whole("number") != len(found):
+                raise self._not_in_order("pools", f"pool {len(found)}")
+            found.append(cells.blob("coefficients"))
+        return found
 
     @property
     def snapshot(self) -> Snapshot:
         """The state after the last round."""
-        return Snapshot(*self._whole("snapshot")[:3])
+        cells = self._whole("snapshot")
+        return Snapshot(cells.whole("round", most=MOST_ROUNDS), cells.whole("moves", most=MOST_ROUNDS), cells.blob("arrays"))
 
     def rows(self, table: str) -> Iterator[tuple[Any, ...]]:
-        """The raw columns of a table in the order of its key, for `fedtune.replay.verify`."""
-        yield from self._rows(f"SELECT * FROM {table} ORDER BY 1, 2")
+        """The raw columns of a table in the order of its key, for `fedtune.verify`: of any type that SQLite has."""
+        for row in self._rows(f"SELECT * FROM {table} ORDER BY 1, 2"):
+            yield tuple(row.values())
+
+    def _not_in_order(self, table: str, row: str) -> DamagedLedgerError:
+        return DamagedLedgerError(
+            f"'{self.path}' is damaged: the rows of table {table} are not in order at {row}. Restore it from a copy.",
+            row=row,
+            table=table,
+        )
 
     @contextmanager
     def at_one_moment(self) -> Iterator[None]:
@@ -259,7 +317,7 @@ class Ledger:
 
     def damage(self) -> str:
         """What SQLite itself finds wrong with the file; "" for nothing."""
-        found = str(self._one("PRAGMA integrity_check")[0])
+        found = str(self._one("PRAGMA integrity_check")["integrity_check"])
         return "" if found == "ok" else found
 
     # ------------------------------------------------------------------ writing
@@ -280,7 +338,8 @@ class Ledger:
     def commit_event(self, kind: str, detail: Mapping[str, Any], elapsed: float = 0.0) -> None:
         """Write an event after the last round; on the disk when this returns."""
         with self._transaction():
-            number = int(self._one("SELECT coalesce(max(number), 0) + 1 FROM events")[0])
+            row = self._one("SELECT coalesce(max(number), 0) + 1 AS number FROM events")
+            number = Cells(self.path, "events", "the last event", row).whole("number", 1)
             columns = Happened(number, self.last, kind, detail, elapsed).columns()
             previous = self._head("events")
             self._insert("events", (*columns, previous, link(previous, "events", columns)))
@@ -298,8 +357,9 @@ class Ledger:
 
     def _head(self, table: str) -> bytes:
         """The digest of the last row of a chain; that of the header before its first."""
-        found = self._connection.execute(f"SELECT digest FROM {table} ORDER BY number DESC LIMIT 1").fetchone()
-        return bytes((found or self._connection.execute("SELECT digest FROM header").fetchone())[0])
+        rows = self._rows(f"SELECT digest FROM {table} ORDER BY number DESC LIMIT 1")
+        found = next(rows, None) or self._one("SELECT digest FROM header")
+        return Cells(self.path, table, f"the end of the {table}", found).blob("digest", 32)
 
     def _insert(self, table: str, values: tuple[Value, ...]) -> None:
         self._connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(values))})", values)
@@ -307,6 +367,7 @@ class Ledger:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with explained(self.path):
+            self._steps.refill()
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -316,44 +377,31 @@ class Ledger:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def _rows(self, query: str, *values: Value) -> Iterator[tuple[Any, ...]]:
+    def _rows(self, query: str, *values: Value) -> Iterator[dict[str, Any]]:
         with explained(self.path):
-            yield from self._connection.execute(query, values)
+            self._steps.refill()
+            cursor = self._connection.execute(query, values)
+            names = [column[0] for column in cursor.description]
+            for row in cursor:
+                yield dict(zip(names, row, strict=True))
 
-    def _whole(self, table: str) -> tuple[Any, ...]:
-        """The columns of a table of one row, without id and digest, which must be theirs."""
-        columns = self._one(f"SELECT * FROM {table}")
-        if link(START, table, columns[1:-1]) != columns[-1]:
+    def _whole(self, table: str) -> Cells:
+        """The one row of a table that has one, whose digest must be that of its columns."""
+        rows = list(itertools.islice(self._rows(f"SELECT * FROM {table}"), 2))
+        values = tuple(rows[0].values()) if rows else ()
+        if len(rows) != 1 or link(START, table, values[1:-1]) != values[-1]:
             raise DamagedLedgerError(
                 f"The {table} of '{self.path}' is damaged: restore the file from a copy.", row=f"the {table}"
             )
-        return columns[1:-1]
+        return Cells(self.path, table, f"the {table}", rows[0])
 
-    def _one(self, query: str, *values: Value) -> tuple[Any, ...]:
+    def _one(self, query: str, *values: Value) -> dict[str, Any]:
         row = next(self._rows(query, *values), None)
         if row is None:
             raise DamagedLedgerError(f"'{self.path}' lacks a row ({query}): restore it from a copy.", row=query)
         return row
 
 
-_ROUNDS = "SELECT number, attempt, clients, refused, train_loss, traffic, seconds, cpu_seconds, elapsed, state FROM rounds"
-
-
 def updates_digest(round: int, updates: Iterable[Used]) -> bytes:
     """32 bytes over the updates of a round, in the order of their client ids."""
     return link(START, "updates", [round, *(value for u in updates for value in (u.client, u.share, u.payload))])
-
-
-def _round(row: tuple[Any, ...]) -> Round:
-    with _reading(f"round {row[0]}"):
-        clients, refused, traffic, seconds, cpu_seconds = (json.loads(row[column]) for column in (2, 3, 5, 6, 7))
-        costs = (from_lists(traffic), seconds, cpu_seconds)
-        return Round(row[0], row[1], tuple(clients), refused, row[4], *costs, *row[8:])
-
-
-@contextmanager
-def _reading(row: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise DamagedLedgerError(f"{row.capitalize()} of the ledger is damaged ({error}): restore it.", row=row) from None

@@ -1,20 +1,35 @@
-"""The SQLite file of a ledger: its tables, how it is opened and locked, and what its errors mean to a reader."""
+"""The SQLite file of a ledger: its tables, how it is opened and locked, and what its errors mean to a reader.
+
+Anybody may have made the file. Before a row of it is read it must be a regular file with our tables and nothing else (no
+view, trigger, generated column); then no statement takes more steps than the file has room for rows, so that reading ends
+also where its pages lead in circles.
+"""
 
 from __future__ import annotations
 
-import errno
 import os
+import shutil
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedtune.bounded import refuse_special
 from fedtune.errors import DamagedLedgerError, ForeignLedgerError, FullLedgerError, LedgerError, LockedLedgerError
+from fedtune.foreign import for_screen
+from fedtune.ledger_cells import text_of
+from fedtune.no_room import FULL, LIMITED, MEMORY, met_size_limit, why_no_room
 from fedtune.only_one import OnlyOne
 
 LEDGER, LOCK = "ledger.sqlite", "ledger.lock"
 APPLICATION, FORMAT = 0x46544C47, 3  # "FTLG"
 BUSY_SECONDS = 10.0
+PATIENCE = 0.5  # seconds that a writer waits for the lock: somebody may just be asking whether it is held
+LARGEST_PAGE = 4096  # of any ledger so far: a page takes its room on the disk, so a small disk holds no large cell
+LARGEST_CELL = 1_000_000_000  # bytes: SQLite's own limit
+NO_ROOM = 1 << 18  # bytes of a disk below which an error of SQLite is one of a full disk
+STEPS = 10_000  # of SQLite's machine between two looks at what a statement has taken
 PAGE = 2048  # bytes; an update of 4,096 coordinates leaves less of its last page empty than with SQLite's 4,096
 
 SCHEMA = (
@@ -38,7 +53,7 @@ SCHEMA = (
 def lock(folder: Path) -> OnlyOne:
     """The right to write the ledger in `folder`. Raises LockedLedgerError if another process has it."""
     try:
-        return OnlyOne(folder / LOCK)
+        return OnlyOne(folder / LOCK, PATIENCE)
     except BlockingIOError:
         raise LockedLedgerError(
             f"Another process carries on the run in '{folder}': wait for it, or stop it with `fedtune stop {folder}`."
@@ -47,20 +62,87 @@ def lock(folder: Path) -> OnlyOne:
         raise LedgerError(f"'{folder / LOCK}' could not be made: {error.strerror}. Check permissions and space.") from error
 
 
+def check_files(path: Path, writing: bool) -> None:
+    """Refuse a ledger that is no file, and what SQLite would follow or roll back beside it.
+
+    Raises:
+        LedgerError: there is none. DamagedLedgerError: something is there that fedtune never leaves.
+    """
+    if not os.path.lexists(path):
+        raise LedgerError(f"'{path.parent}' has no {LEDGER}: it is not the folder of a run, or of one older than ledgers.")
+    if os.path.lexists(f"{path}-journal"):
+        raise _not_ours(Path(f"{path}-journal"), "a ledger has a write-ahead log, and no rollback journal")
+    for place in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+        try:
+            reads_through_link = place == path and not writing
+            refuse_special((place.stat() if reads_through_link else place.lstat()).st_mode, place)
+        except FileNotFoundError:
+            if place == path:
+                raise _not_ours(path, "it is a link to nothing") from None
+        except OSError as error:
+            raise _not_ours(place, error.strerror or type(error).__name__) from None
+
+
+def _not_ours(path: Path, why: str) -> DamagedLedgerError:
+    return DamagedLedgerError(f"'{path}' cannot be used: {why}. Restore the folder from a copy.", row="the file")
+
+
 def connect(path: Path, writing: bool) -> sqlite3.Connection:
-    """Open an existing file. A reader works beside a writer."""
+    """Open an existing file to read it; `to_write` then lets one write. A reader works beside a writer."""
     if writing:
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
-        connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        connection.execute("PRAGMA synchronous = FULL")
-        return connection
+        return _guarded(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None))
     frozen = "" if os.access(path.parent, os.W_OK) else "&immutable=1"  # a reader of a write-ahead log writes its index
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{frozen}", timeout=BUSY_SECONDS, isolation_level=None, uri=True)
+    uri = f"{path.resolve().as_uri()}?mode=ro{frozen}"
+    connection = _guarded(sqlite3.connect(uri, timeout=BUSY_SECONDS, isolation_level=None, uri=True))
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(LARGEST_CELL, max(1 << 20, _size(path))))
+    return connection
+
+
+def to_write(connection: sqlite3.Connection) -> None:
+    """Let a connection whose file is known to be a ledger write it, each transaction flushed to the disk."""
+    connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    connection.execute("PRAGMA synchronous = FULL")
+
+
+def _guarded(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """The connection with what SQLite offers against files that were made to harm."""
+    connection.text_factory = text_of
+    connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH, 1)
+    if sys.version_info >= (3, 12):
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_ENABLE_TRIGGER, False)
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_ENABLE_VIEW, False)
+    for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0"):
+        connection.execute(f"PRAGMA {pragma}").fetchone()
+    return connection
+
+
+class Steps:
+    """Bounds what a statement takes: a sound one takes a few steps for each byte of the file at most."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self._path, self._left = path, 0
+        self.refill()
+        connection.set_progress_handler(self._taken, STEPS)
+
+    def refill(self) -> None:
+        """A statement begins."""
+        self._left = (1_000_000 + 8 * _size(self._path)) // STEPS
+
+    def _taken(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+def _size(path: Path) -> int:
+    """Bytes of the file and its write-ahead log."""
+    return sum(os.path.getsize(place) for place in (path, f"{path}-wal") if os.path.exists(place))
 
 
 def begin(path: Path) -> sqlite3.Connection:
     """A new file with empty tables."""
-    connection = sqlite3.connect(path, isolation_level=None)
+    connection = _guarded(sqlite3.connect(path, isolation_level=None))
     for statement in (
         f"PRAGMA page_size = {PAGE}",  # before anything is written
         f"PRAGMA application_id = {APPLICATION}",
@@ -75,6 +157,7 @@ def begin(path: Path) -> sqlite3.Connection:
 
 def check_kind(path: Path, connection: sqlite3.Connection) -> None:
     """Refuse what this program did not write or cannot read."""
+    Steps(path, connection)
     application, version = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
     if application != APPLICATION:
         raise ForeignLedgerError(f"'{path}' is a database, but not a ledger of fedtune: give the folder of a run.")
@@ -89,24 +172,28 @@ def check_kind(path: Path, connection: sqlite3.Connection) -> None:
             found=version,
             known=FORMAT,
         )
-    schema = {row[0] for row in connection.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")}
-    if schema != set(SCHEMA):
+    schema = connection.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL LIMIT ?", (len(SCHEMA) + 1,)).fetchall()
+    pages = connection.execute("PRAGMA page_size").fetchone()[0]
+    if {row[0] for row in schema} != set(SCHEMA) or len(schema) != len(SCHEMA) or pages > LARGEST_PAGE:
         raise DamagedLedgerError(f"'{path}' does not have the tables of format {FORMAT}: restore it.", row="the tables")
 
 
+_KEPT = "and resume the run; every committed round is kept"
+_HELD = "another process holds it. Close what has it open, and resume the run"
 _CODES: dict[int, tuple[type[LedgerError], str]] = {
-    sqlite3.SQLITE_FULL: (
-        FullLedgerError,
-        "the disk is full. Free some space and resume the run; every committed round is kept",
-    ),
-    sqlite3.SQLITE_BUSY: (LockedLedgerError, "another process holds it. Close what has it open, and resume the run"),
-    sqlite3.SQLITE_LOCKED: (LockedLedgerError, "another process holds it. Close what has it open, and resume the run"),
+    sqlite3.SQLITE_FULL: (FullLedgerError, f"{FULL} {_KEPT}"),
+    sqlite3.SQLITE_BUSY: (LockedLedgerError, _HELD),
+    sqlite3.SQLITE_LOCKED: (LockedLedgerError, _HELD),
     sqlite3.SQLITE_CORRUPT: (DamagedLedgerError, "the file is damaged. Restore it from a copy"),
+    sqlite3.SQLITE_INTERRUPT: (DamagedLedgerError, "its pages lead in circles. Restore it from a copy"),
+    sqlite3.SQLITE_TOOBIG: (DamagedLedgerError, "a cell is larger than the file. Restore it from a copy"),
+    sqlite3.SQLITE_NOMEM: (LedgerError, f"there is not enough memory: {MEMORY} {_KEPT}"),
     sqlite3.SQLITE_NOTADB: (
         ForeignLedgerError,
         "it is not an SQLite file. Give the folder of a run, or restore it from a copy",
     ),
 }
+_OF_THE_DISK = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 
 
 @contextmanager
@@ -116,14 +203,37 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", None)
-        kind, text = _CODES.get((code or 0) & 0xFF, (LedgerError, f"{error}. Check the disk and the permissions"))
-        if "decode to UTF-8" in str(error):
-            kind, text = DamagedLedgerError, "a text in it is damaged. Restore it from a copy"
+        kind, text = _of_sqlite(path, (code or 0) & 0xFF, error)
         raise kind(f"'{path}' cannot be used: {text}.", path=str(path), code=code) from error
+    except UnicodeDecodeError as error:  # a message of SQLite's about a name of the schema
+        text = "the names of its tables are damaged. Restore it from a copy"
+        raise DamagedLedgerError(f"'{path}' cannot be used: {text}.", path=str(path), row="the tables") from error
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind, text = _CODES[sqlite3.SQLITE_FULL] if full else (LedgerError, f"{error.strerror}. Check the permissions")
+        full = why_no_room(error)
+        kind, text = (FullLedgerError, f"{full} {_KEPT}") if full else (LedgerError, f"{error.strerror}. Check the permissions")
         raise kind(f"'{path}' cannot be used: {text}.", path=str(path)) from error
+
+
+def _of_sqlite(path: Path, code: int, error: sqlite3.Error) -> tuple[type[LedgerError], str]:
+    """What an error of SQLite is, and what to do; it says "disk I/O error" of a disk without room too."""
+    if "decode to UTF-8" in str(error) or "malformed" in str(error):
+        return DamagedLedgerError, "a text in it is damaged. Restore it from a copy"
+    full = _no_room(path) if code in _OF_THE_DISK else ""
+    if full:
+        return FullLedgerError, f"{full} {_KEPT}"
+    if code in _OF_THE_DISK:
+        return LedgerError, f"{error}. Look for a disk or quota without room, a failing disk, and the permissions"
+    return _CODES.get(code, (LedgerError, f"{for_screen(str(error))}. Check the disk and the permissions"))
+
+
+def _no_room(path: Path) -> str:
+    """Why nothing more fits beside `path`, "" if something does."""
+    if met_size_limit(max(os.path.getsize(place) for place in (path, f"{path}-wal", path.parent) if os.path.exists(place))):
+        return LIMITED
+    try:
+        return FULL if shutil.disk_usage(path.parent).free < NO_ROOM else ""
+    except OSError:
+        return ""
 
 
 def sync(folder: Path) -> None:

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from fedtune.config import RunConfig, expand
 from fedtune.embedded import embedded_path
 from fedtune.errors import ModelError
+from fedtune.foreign import for_screen
 from fedtune.placement import loading_options, place
 
 SMALL_MODEL = 20_000_000
@@ -160,6 +161,12 @@ def _local_folder(source: str, config: RunConfig) -> Path:
 def _check_weight_files(folder: Path, source: str) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"'{source}' has no config.json: give a folder written by save_pretrained.", model=source)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"'{source}' has an adapter (adapter_config.json), which would bring another base model: merge the two, "
+            "and give the folder of the result.",
+            model=source,
+        )
     if any(folder.glob("*.safetensors")):
         return
     pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
@@ -184,6 +191,13 @@ def read_config(folder: Path, source: str, config: RunConfig) -> Any:
             f"The configuration of '{source}' cannot be used ({_first_line(error)}): {fix}.", model=source
         ) from None
     _check_causal(found, source, config.trust_remote_code)
+    kernel = getattr(found, "_attn_implementation", None)
+    if kernel is not None and "/" in str(kernel) and not config.trust_remote_code:
+        raise ModelError(
+            f"The configuration of '{source}' names a kernel of the hub ('{for_screen(str(kernel), 80)}'), which is code that "
+            "would run: set trust_remote_code = true if you trust it, or remove attn_implementation from its config.json.",
+            model=source,
+        )
     if getattr(found, "quantization_config", None):
         raise ModelError(
             f"'{source}' is quantised, and fedtune tunes all weights: give the model in float32, bfloat16 or float16.",

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
+
+from fedtune.bounded import refuse_special
+
+POLL_SECONDS = 0.02
 
 
 class OnlyOne:
     """Whoever constructs this holds the lock until `release` or the end of the process.
 
+    Args:
+        path: of the file, which is made if it is not there.
+        patience: seconds to wait for one that another process holds: long enough for `is_held` of another to pass.
+
     Raises:
         BlockingIOError: another process (or another holder in this one) has it. Systems without `fcntl` have no lock.
+        OSError: the file cannot be made, or is a link, pipe or folder.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    def __init__(self, path: Path, patience: float = 0.0) -> None:
+        self._descriptor = _opened(path, os.O_RDWR | os.O_CREAT)
         try:
-            _lock(self._descriptor)
+            until = time.monotonic() + patience
+            while not _lock(self._descriptor, shared=False, last=time.monotonic() >= until):
+                time.sleep(POLL_SECONDS)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -29,8 +41,41 @@ class OnlyOne:
             self._descriptor = -1
 
 
-def _lock(descriptor: int) -> None:
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock at `path`. It is shared with others who ask, for a moment, and changes nothing."""
+    try:
+        descriptor = _opened(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        _lock(descriptor, shared=True, last=True)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _opened(path: Path, flags: int) -> int:
+    """A descriptor of the regular file at `path`, itself and not what a link there leads to."""
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
+    try:
+        refuse_special(os.fstat(descriptor).st_mode, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _lock(descriptor: int, *, shared: bool, last: bool) -> bool:
+    """Take the lock and return whether it was free; raises BlockingIOError instead if this is the `last` try."""
     with contextlib.suppress(ImportError):
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if last:
+                raise
+            return False
+    return True

@@ -18,12 +18,20 @@ from safetensors.numpy import load, save
 
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS, Algorithm, State
-from fedtune.algorithms.base import shares
+from fedtune.algorithms.base import pool_number, shares
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
-from fedtune.errors import DamagedLedgerError, FedtuneError, ForeignLedgerError, MalformedMessageError
+from fedtune.errors import (
+    DamagedLedgerError,
+    DirectionsError,
+    FedtuneError,
+    ForeignLedgerError,
+    MalformedMessageError,
+    NonFiniteError,
+)
 from fedtune.layout import Layout
 from fedtune.ledger import Header, Ledger, Round, Snapshot
+from fedtune.ledger_cells import settings_in
 from fedtune.wire import Status, Update
 
 
@@ -37,11 +45,19 @@ class Rules:
 
     @classmethod
     def of(cls, header: Header) -> Rules:
-        """The rules of a ledger. Raises ForeignLedgerError if they cannot be those of this program."""
-        config = RunConfig.from_mapping(header.used)
+        """The rules of a ledger.
+
+        Raises:
+            DamagedLedgerError: no run can have its settings. ForeignLedgerError: they cannot be those of this program.
+        """
+        config = settings_in(header.used, "the header")
         layout = Layout.from_shapes(header.shapes, ALGORITHMS[config.algorithm].block_rule(config))
         rules = cls(config, layout, header.fingerprint)
-        if layout.digest != header.layout or rules.algorithm.pool(config, layout, 0).identity != header.pool:
+        try:
+            pool = rules.algorithm.pool(config, layout, 0)
+        except DirectionsError as error:
+            raise DamagedLedgerError(f"The header of the ledger is damaged ({error}) Restore it.", row="the header") from None
+        if layout.digest != header.layout or pool.identity != header.pool:
             raise ForeignLedgerError("This program lays out the model or its directions in another way than the ledger's.")
         return rules
 
@@ -49,6 +65,11 @@ class Rules:
     def algorithm(self) -> Algorithm:
         """Of the settings."""
         return ALGORITHMS[self.config.algorithm]
+
+    @property
+    def state_size(self) -> int:
+        """Numbers in the coefficients of the open pool."""
+        return self.layout.blocks * self.algorithm.pool_size(self.config, self.layout)
 
     def start(self) -> State:
         """State 0."""
@@ -123,34 +144,73 @@ def read_update(
 
 # ---------------------------------------------------------------------------------------------------- snapshots
 
+_KEPT = "statistics."
+COUNTED = ("magnitude", "count", "norms")  # statistics that are sums of what is not below 0
+LARGEST_VALUE = 1e60  # of a coefficient or a statistic: squares and sums of such are finite
+
 
 def snapshot_of(state: State, round: int) -> Snapshot:
     """The open pool and the statistics of `state` after round `round`, as one safetensors file of float64."""
-    arrays = {"values": state.values, **{f"statistics.{name}": array for name, array in state.statistics.items()}}
+    arrays = {"values": state.values, **{f"{_KEPT}{name}": array for name, array in state.statistics.items()}}
     return Snapshot(round, state.round, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
 def restore(ledger: Ledger, rules: Rules) -> State:
     """The state after the last round, from the snapshot and the finished pools. Raises DamagedLedgerError."""
-    snapshot, bits, blocks = ledger.snapshot, rules.config.coefficient_bits, rules.layout.blocks
-    pools = [rules.algorithm.pool(rules.config, rules.layout, number) for number in range(len(ledger.pools()) + 1)]
+    snapshot, finished = checked_snapshot(ledger, rules), ledger.pools()
+    config, blocks, last = rules.config, rules.layout.blocks, ledger.round(ledger.last)
+    pools = [rules.algorithm.pool(config, rules.layout, number) for number in range(len(finished) + 1)]
     try:
-        closed = tuple(
-            wire.decode_pool(data, pool, blocks, bits) for data, pool in zip(ledger.pools(), pools[:-1], strict=True)
+        if snapshot.round != last.number or snapshot.moves > snapshot.round:
+            raise ValueError(f"it is of round {snapshot.round} with {snapshot.moves} moves")
+        if len(finished) not in {pool_number(config, max(1, moves)) for moves in (snapshot.moves, snapshot.moves + 1)}:
+            raise ValueError(f"{len(finished)} pools cannot be finished after {snapshot.moves} moves")
+        closed = [
+            wire.decode_pool(data, pool, blocks, config.coefficient_bits) for data, pool in zip(finished, pools, strict=False)
+        ]
+        arrays = _arrays(snapshot.arrays, rules)
+        values = arrays.pop("values")
+        state = State(
+            snapshot.moves, tuple(closed), pools[-1], values, {name.removeprefix(_KEPT): a for name, a in arrays.items()}
         )
-        arrays: dict[str, F64] = load(snapshot.arrays)
-        prefix = "statistics."
-        statistics = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-        state = State(snapshot.moves, closed, pools[-1], arrays["values"], statistics)
-    except (SafetensorError, KeyError, FedtuneError) as error:
+        digest = rules.digest(state)
+    except (SafetensorError, ValueError, FedtuneError) as error:
         raise DamagedLedgerError(
             f"The snapshot in '{ledger.path}' is damaged ({error}): restore it.", row="snapshot"
         ) from error
-    if rules.digest(state) != ledger.round(ledger.last).state:
+    if digest != last.state:
         raise DamagedLedgerError(
-            f"The snapshot in '{ledger.path}' does not lead to the digest of round {ledger.last}: restore it.", row="snapshot"
+            f"The snapshot in '{ledger.path}' does not lead to the digest of round {last.number}: restore it.", row="snapshot"
         )
     return state
+
+
+def checked_snapshot(ledger: Ledger, rules: Rules) -> Snapshot:
+    """The snapshot, which is as large as the state that the settings speak of: so that no larger one is ever made.
+
+    Raises:
+        DamagedLedgerError: it is smaller.
+    """
+    snapshot = ledger.snapshot
+    if len(snapshot.arrays) < 8 * rules.state_size:
+        raise bad(ledger, "the snapshot", f"it has no room for the {rules.state_size:,} coefficients that the header speaks of")
+    return snapshot
+
+
+def _arrays(data: bytes, rules: Rules) -> dict[str, F64]:
+    """The arrays of a snapshot, which must be those of the algorithm. Raises ValueError or SafetensorError."""
+    blocks, size = rules.layout.blocks, rules.algorithm.pool_size(rules.config, rules.layout)
+    kept = {f"{_KEPT}{name}": array.shape for name, array in rules.algorithm.statistics(blocks, size).items()}
+    expected = {"values": (blocks, size), **kept}
+    arrays: dict[str, F64] = load(data)
+    if {name: array.shape for name, array in arrays.items()} != expected:
+        raise ValueError("its arrays are not those of the algorithm")
+    for name, array in arrays.items():
+        if array.dtype != np.float64 or not (np.abs(array) <= LARGEST_VALUE).all():
+            raise ValueError(f"{name} holds something else than finite numbers")
+        if name.removeprefix(_KEPT) in COUNTED and (array < 0).any():
+            raise ValueError(f"{name} holds a number below 0")
+    return arrays
 
 
 # ---------------------------------------------------------------------------------------------------- replay
@@ -171,11 +231,16 @@ def replay(ledger: Ledger, rules: Rules) -> Iterator[Replayed]:
         DamagedLedgerError: a round that does not lead to its digest, whose updates cannot be read or are not those of the
             clients that it names, or whose weights are others.
     """
+    checked_snapshot(ledger, rules)
     state = rules.start()
     for row in ledger.rounds():
-        if row.number:
-            state = _moved(ledger, rules, rules.begin_round(state), row)
-        if rules.digest(state) != row.state:
+        try:
+            if row.number:
+                state = _moved(ledger, rules, rules.begin_round(state), row)
+            digest = rules.digest(state)
+        except NonFiniteError as error:
+            raise bad(ledger, f"round {row.number}", f"its updates lead to no model ({error})") from error
+        if digest != row.state:
             raise bad(ledger, f"round {row.number}", "its updates lead to another digest")
         yield Replayed(row, state)
 
@@ -199,7 +264,10 @@ def state_after(ledger: Ledger, rules: Rules, number: int) -> State:
     """The state after round `number`: the snapshot's if it is the last round, else by replay."""
     if number == ledger.last:
         return restore(ledger, rules)
-    return next(replayed.state for replayed in itertools.islice(replay(ledger, rules), number, None))
+    found = next((replayed.state for replayed in itertools.islice(replay(ledger, rules), number, None)), None)
+    if found is None:
+        raise bad(ledger, f"round {number}", "it is not there")
+    return found
 
 
 def bad(ledger: Ledger, row: str, why: str) -> DamagedLedgerError:

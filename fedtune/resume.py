@@ -15,6 +15,7 @@ from typing import Any
 from fedtune.config import RunConfig, Scalar
 from fedtune.errors import ForeignLedgerError
 from fedtune.ledger import Ledger
+from fedtune.ledger_cells import settings_in
 from fedtune.ledger_file import LEDGER
 from fedtune.run_folder import RunFolder
 
@@ -61,7 +62,7 @@ def settings_of(ledger: Ledger) -> RunConfig:
     used: dict[str, Any] = dict(ledger.header.used)
     for event in ledger.events("resume"):
         used.update(event.detail["settings"])
-    return RunConfig.from_mapping(used)
+    return settings_in(used, "the header and the resumes")
 
 
 def stored_settings(folder: RunFolder) -> RunConfig:

@@ -11,11 +11,13 @@
 
 Whole files appear atomically (temporary file, fsync, rename). metrics.jsonl grows by one flushed line at a time; a last
 line that a crash tore is ignored when read and cut off by the next append.
+
+Anybody may have made the folder that is read: see `fedtune.bounded`. What is written stays in the folder, also where somebody
+put a symbolic link in place of a file.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -29,8 +31,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+from fedtune.bounded import BadJsonError, opened, parse_json, read_file, refuse_special
 from fedtune.config import RunConfig
-from fedtune.errors import RunFolderError
+from fedtune.errors import ConfigError, RunFolderError
+from fedtune.no_room import why_no_room
 
 CONFIG = "config.json"
 VERSIONS = "versions.json"
@@ -39,6 +43,10 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 COEFFICIENTS = "coefficients.bin"
 BEST = "best_coefficients.bin"
+
+MOST_BYTES = 1 << 30  # of a file of the folder
+MOST_JSON = 1 << 25  # of a JSON file: partition.json of two million rows
+MOST_METRICS, LONGEST_LINE, MOST_LINES = 1 << 28, 1 << 24, 1_000_001  # bytes, bytes, and rounds with round 0
 
 _LIBRARIES = ("fedtune", "torch", "transformers", "tokenizers", "flwr", "numpy", "numba", "safetensors")
 
@@ -78,9 +86,9 @@ class RunFolder:
     def open(cls, path: str | Path) -> Self:
         """The run folder at `path`. Raises RunFolderError if it is missing or is not a run folder."""
         folder = Path(path)
-        if not folder.exists():
+        if not os.path.isdir(folder):  # False, too, for a path that no system can have
             raise RunFolderError(f"There is no run folder '{folder}': give the folder that `fedtune simulate` printed.")
-        if not (folder / CONFIG).is_file():
+        if not os.path.isfile(folder / CONFIG):
             raise RunFolderError(f"'{folder}' is not a run folder: it has no {CONFIG}. Give the folder of a run.")
         return cls(folder)
 
@@ -104,7 +112,7 @@ class RunFolder:
         line = _encode(METRICS, row, null_for_nan=True, indent=None)
         with _explained(target, "written"):
             _cut_torn_line(target)
-            with target.open("ab") as file:
+            with os.fdopen(appending(target), "ab") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -122,8 +130,9 @@ class RunFolder:
     def sweep(self) -> None:
         """Remove temporary files that a killed process left."""
         for leftover in self.path.glob(".*.tmp"):
-            with _explained(leftover, "removed"):
-                leftover.unlink(missing_ok=True)
+            if leftover.is_symlink() or not leftover.is_dir():
+                with _explained(leftover, "removed"):
+                    leftover.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ reading
 
@@ -131,34 +140,43 @@ class RunFolder:
         """The rows of metrics.jsonl in order, [] before the first. A torn last line is left out.
 
         Raises:
-            RunFolderError: a line that is not the last is damaged.
+            RunFolderError: a line that is not the last is damaged, or no object, or the file cannot be that of a run.
         """
         target = self._file(METRICS)
-        if not target.exists():
+        if not os.path.lexists(target):
             return []
-        with _explained(target, "read"):
-            lines = target.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never finished
         rows: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise RunFolderError(f"Line {number} of '{target}' is damaged: restore the file or delete the line.") from None
+        with _explained(target, "read"), opened(target) as file:
+            if os.fstat(file.fileno()).st_size > MOST_METRICS:
+                raise RunFolderError(f"'{target}' has more than {MOST_METRICS:,} bytes: it is not of a run. Restore it.")
+            while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):  # what follows the last newline was never finished
+                rows.append(_metrics_row(line, target, len(rows) + 1))
+            if len(line) == LONGEST_LINE:
+                raise RunFolderError(f"Line {len(rows) + 1} of '{target}' is too long for a round: restore the file.")
         return rows
 
     def read_json(self, name: str) -> Any:
         """The content of the JSON file `name`. Raises RunFolderError if it is missing or damaged."""
         try:
-            return json.loads(self.read_bytes(name))
-        except ValueError:
-            raise RunFolderError(f"'{self.path / name}' is damaged, not JSON: restore it from a copy.", name=name) from None
+            return parse_json(self.read_bytes(name, MOST_JSON))
+        except BadJsonError as error:
+            raise RunFolderError(
+                f"'{self.path / name}' is damaged, not JSON ({error}): restore it from a copy.", name=name
+            ) from None
 
-    def read_bytes(self, name: str) -> bytes:
-        """The content of the file `name`. Raises RunFolderError if it is missing."""
+    def read_object(self, name: str) -> dict[str, Any]:
+        """The JSON object in the file `name`. Raises RunFolderError if it is missing, damaged or no object."""
+        found = self.read_json(name)
+        if not isinstance(found, dict):
+            raise RunFolderError(f"'{self.path / name}' is damaged, it holds no object: restore it from a copy.", name=name)
+        return found
+
+    def read_bytes(self, name: str, most: int = MOST_BYTES) -> bytes:
+        """The content of the file `name`, of at most so many bytes. Raises RunFolderError if it is missing or no such file."""
         target = self._file(name)
         with _explained(target, "read"):
             try:
-                return target.read_bytes()
+                return read_file(target, most)
             except FileNotFoundError:
                 raise RunFolderError(
                     f"Run folder '{self.path}' has no {name}: the run stopped before it was written, so run it again.",
@@ -166,19 +184,22 @@ class RunFolder:
                 ) from None
 
     def config(self) -> RunConfig:
-        """The settings that the run used. Raises RunFolderError if config.json has none."""
-        stored = self.read_json(CONFIG)
-        used = stored.get("used") if isinstance(stored, dict) else None
+        """The settings that the run used. Raises RunFolderError if config.json has none, or others than this program's."""
+        used = self.read_object(CONFIG).get("used")
         if not isinstance(used, dict):
             raise RunFolderError(f"'{self.path / CONFIG}' has no settings under 'used': '{self.path}' is not a run folder.")
-        return RunConfig.from_mapping(used)
+        try:
+            return RunConfig.from_mapping(used)
+        except ConfigError as error:
+            raise RunFolderError(
+                f"The settings in '{self.path / CONFIG}' are not those of a run of this program ({error}) Restore the file, "
+                "or use the fedtune that made the run (versions.json).",
+                name=CONFIG,
+            ) from None
 
     def summary(self) -> dict[str, Any]:
         """summary.json. Raises RunFolderError if the run did not finish."""
-        found = self.read_json(SUMMARY)
-        if not isinstance(found, dict):
-            raise RunFolderError(f"'{self.path / SUMMARY}' is not a summary: restore it from a copy.")
-        return found
+        return self.read_object(SUMMARY)
 
     def _file(self, name: str) -> Path:
         if not name or Path(name).name != name:
@@ -195,7 +216,8 @@ def replace_file(target: Path, data: bytes) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with _explained(target, "written"):
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # whatever it is, and wherever a link leads
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -203,6 +225,23 @@ def replace_file(target: Path, data: bytes) -> None:
             _sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def appending(target: Path, mode: int = 0o666) -> int:
+    """A descriptor that appends to the regular file `target`, which is made if it is not there; never through a link.
+
+    Raises:
+        RunFolderError: something else is there, or the disk refuses.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with _explained(target, "written"):
+        descriptor = os.open(target, flags, mode)
+        try:
+            refuse_special(os.fstat(descriptor).st_mode, target)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    return descriptor
 
 
 def dated(label: str) -> str:
@@ -237,10 +276,13 @@ def _explained(target: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f"'{target}' could not be {verb}: the disk is full. Free some space or give a folder elsewhere with --out."
+        full = why_no_room(error)
+        reason = error.strerror or type(error).__name__
+        if full:
+            text = f"'{target}' could not be {verb}: {full}, or give a folder elsewhere with --out."
+        elif verb == "read":
+            text = f"'{target}' could not be read: {reason}. Restore it from a copy, or check its permissions."
         else:
-            reason = error.strerror or type(error).__name__
             text = f"'{target}' could not be {verb}: {reason}. Check its permissions, or give another folder with --out."
         raise RunFolderError(text, path=str(target), errno=error.errno) from error
 
@@ -271,14 +313,26 @@ def _plain(value: Any, null_for_nan: bool) -> Any:
     return value
 
 
+def _metrics_row(line: bytes, target: Path, number: int) -> dict[str, Any]:
+    try:
+        if number > MOST_LINES:
+            raise BadJsonError("there are too many")
+        row = parse_json(line)
+    except BadJsonError:
+        row = None
+    if not isinstance(row, dict):
+        raise RunFolderError(f"Line {number} of '{target}' is damaged: restore the file or delete the line.")
+    return row
+
+
 def _cut_torn_line(target: Path) -> None:
     """Cut off what follows the last newline of `target`: a line that a crash left unfinished."""
-    if not target.exists():
-        return
-    with target.open("r+b") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
+    with os.fdopen(appending(target), "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        start = max(0, end - LONGEST_LINE)
+        file.seek(start)
+        whole = start + file.read().rfind(b"\n") + 1
+        if whole != end:
             file.truncate(whole)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from fedtune.progress import ClientFinished, ClientStep, EvaluationStep, Event, Note, listening
 from fedtune.redact import redact
+from fedtune.run_folder import appending
 
 LOG = "log.jsonl"
 
@@ -24,7 +25,7 @@ LOG = "log.jsonl"
 @contextmanager
 def logging_to(folder: Path) -> Iterator[None]:
     """Write every event inside the `with` block, and the error that ends it; goes on where an earlier process ended."""
-    descriptor = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    descriptor = appending(folder / LOG, 0o600)
     try:
         with listening(lambda event: _write(descriptor, event)):
             yield

@@ -20,8 +20,9 @@ from fedtune.ledger import Header, Ledger, Round
 from fedtune.ledger_file import LEDGER
 from fedtune.replay import Rules, restore, snapshot_of
 from fedtune.resident import Resident, renewed
-from fedtune.resume import plan
+from fedtune.resume import plan, settings_of
 from fedtune.run_folder import METRICS, RunFolder, check_new, dated, versions
+from fedtune.trust import RESUME, own_code_explained
 from fedtune.verify import check_chains
 
 
@@ -87,7 +88,8 @@ def _carry_on(asked: RunConfig) -> Opened:
         check_chains(ledger)
         going_on = plan(ledger, asked, folder)
         here = renewed(going_on.config)
-        here.load()
+        with own_code_explained(settings_of(ledger), going_on.config, RESUME):
+            here.load()
         rules = _rules(going_on.config, here)
         _check_same(ledger, rules, here)
         state = restore(ledger, rules)
@@ -109,7 +111,8 @@ def _never_begun(folder: RunFolder, asked: RunConfig) -> Opened:
     """A process died after it made the folder and before it made the ledger: nothing had happened yet."""
     if (folder.path / METRICS).exists():
         raise LedgerError(f"'{folder.path}' has rounds but no {LEDGER}: it is of a fedtune without ledgers. Start a new run.")
-    config = folder.config().replace(out=str(folder.path), resume="")
+    now = {key: getattr(asked, key) for key in ("model", "revision", "trust_remote_code", "data", "holdout_file")}
+    config = folder.config().replace(**now, out=str(folder.path), resume="")
     here = renewed(config)
     here.load()
     opened = _with_new_ledger(folder, config, config, here)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedtune.control import MOST_BYTES, Command, Doing, Order, say, waiting
+from fedtune.control import Command, Doing, Order, remove, say, waiting
 from fedtune.errors import ControlError, Interrupted
+from fedtune.foreign import for_file
 from fedtune.progress import Note, check_stop, emit
 from server.record import Record
 from server.strategy import CoefficientStrategy
@@ -45,21 +46,22 @@ class Operator:
         say(self.record.folder, doing, round=self.record.last, rounds=config.rounds, error=error)
 
     def _follow_all(self) -> None:
-        done = {event.detail["name"] for event in self.record.ledger.events("command")}
-        for path in waiting(self.record.folder):
-            stop = path.name not in done and self._follow(path)
-            path.unlink(missing_ok=True)
+        paths = waiting(self.record.folder)
+        done = {event.detail["name"] for event in self.record.ledger.events("command")} if paths else set()
+        for path in paths:
+            stop = for_file(path.name) not in done and self._follow(path)
+            remove(path)
             if stop:
                 raise Interrupted(f"Stopped by `fedtune stop` after round {self.record.last}; a resume goes on from there.")
 
     def _follow(self, path: Path) -> bool:
         """Follow one command and write that down; returns whether it was to stop."""
         try:
-            order = Order.read(path.read_bytes()[:MOST_BYTES])
+            order = Order.at(path)
             self._check(order)
-        except (ControlError, OSError) as problem:
-            emit(Note(f"A command was refused: {problem}", warning=True))
-            self._write(path, {"refused": str(problem)})
+        except ControlError as problem:
+            emit(Note(f"The command '{for_file(path.name)}' was refused: {problem}", warning=True))
+            self._write(path, {"refused": for_file(str(problem))})
             return False
         if order.command is Command.DROP:
             self._drop(order.client)
@@ -86,4 +88,4 @@ class Operator:
         self.strategy.clients.pop(client, None)
 
     def _write(self, path: Path, detail: dict[str, str]) -> None:
-        self.record.ledger.commit_event("command", {"name": path.name, **detail}, self.record.elapsed)
+        self.record.ledger.commit_event("command", {"name": for_file(path.name), **detail}, self.record.elapsed)

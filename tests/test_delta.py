@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +232,15 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], type[DeltaError], str]] = {
     "overlapping tensors": (
         lambda: tensor("exponents", "data_offsets", [12, 16]), MalformedDeltaError, "tensor exponents is not I8",
     ),
+    "a type as a list": (lambda: tensor("q", "dtype", []), MalformedDeltaError, r"tensor q is \[\]"),
+    "a shape of huge numbers": (
+        lambda: joined(json.dumps(parts(encode(tiny()))[0]).replace("[2, 2, 4]", "[2, 2, 1" + "0" * 6000 + "]").encode(), b""),
+        MalformedDeltaError, "a number in it has",
+    ),
+    "NaN": (
+        lambda: joined(json.dumps(parts(encode(tiny()))[0]).replace("[2, 2, 4]", "[2, 2, NaN]").encode(), b""),
+        MalformedDeltaError, "NaN is not a number",
+    ),
     "a tensor as a list": (lambda: joined({**parts(encode(tiny()))[0], "q": []}, b""), MalformedDeltaError, "tensor q is None"),
     "exponent like NaN": (lambda: body_with(16, 0x7F), MalformedDeltaError, r"outside -120 \.\. 100"),
     "exponent like a denormal": (lambda: body_with(16, 0x80), MalformedDeltaError, r"outside -120 \.\. 100"),
@@ -248,6 +258,15 @@ def test_a_hostile_file_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(DeltaError, match=text) as refused:
         read(path)
     assert type(refused.value) is kind
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name), lambda path: path.symlink_to("/dev/zero")]
+)
+def test_what_is_no_file_is_refused(make: Callable[[Path], object], tmp_path: Path) -> None:
+    make(tmp_path / "f.safetensors")
+    with pytest.raises(MalformedDeltaError, match="cannot be read"):
+        read(tmp_path / "f.safetensors")
 
 
 def test_a_pool_of_zeros_and_one_beyond_exact_sums_are_refused() -> None:

@@ -118,7 +118,7 @@ def test_missing_and_damaged_files_say_what_to_do(run: RunFolder) -> None:
     with pytest.raises(RunFolderError, match=r"summary\.json' is damaged, not JSON"):
         run.summary()
     (run.path / "summary.json").write_text("[]")
-    with pytest.raises(RunFolderError, match="is not a summary"):
+    with pytest.raises(RunFolderError, match=r"summary\.json' is damaged, it holds no object"):
         run.summary()
     (run.path / "config.json").write_text("{}")
     with pytest.raises(RunFolderError, match="has no settings under 'used'"):

@@ -31,7 +31,7 @@ DRAW_SCALE = 65535  # the most likely seed has this draw weight
 
 
 def drawn_seeds(
-    config: RunConfig, round: int, client: str, pool_size: int, weights: npt.NDArray[np.uint16]
+    config: RunConfig, round: int, client: str, pool_size: int, weights: npt.NDArray[np.uint16], most: int | None = None
 ) -> npt.NDArray[np.int64]:
     """int64 [tau * P]: the seeds of a client's local steps, P = `directions_per_step` for each, drawn with replacement.
 
@@ -39,8 +39,10 @@ def drawn_seeds(
 
     Args:
         weights: uint16 [K] as whole-number probabilities (FedKSeed-Pro), or empty for uniform (FedKSeed).
+        most: how many are drawn at most, the first of them; None: all.
     """
     stream, count = Stream(config.seed, "steps", round, client), config.local_steps * config.directions_per_step
+    count = count if most is None else min(count, most)
     if weights.size:
         return stream.weighted(weights.astype(np.int64), count)
     return stream.below(pool_size, count)
@@ -78,7 +80,7 @@ def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, la
     statistics = {name: array.copy() for name, array in state.statistics.items()}
     for client, share in shares(updates, config).items():
         update = updates[client]
-        seeds = drawn_seeds(config, update.round, client, state.pool.size, weights)[: len(update.scalars)]
+        seeds = drawn_seeds(config, update.round, client, state.pool.size, weights, len(update.scalars))
         sums = np.zeros(state.pool.size)
         np.add.at(sums, seeds, update.scalars.astype(np.float64))
         values[0] -= rate * share * sums

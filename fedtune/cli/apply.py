@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fedtune.cli.numbers import in_bytes
-from fedtune.progress import Event, Note, listening
+from fedtune.cli.watch import saying_notes
 from fedtune.run_folder import check_new
 
 
@@ -33,11 +33,7 @@ def apply(
     console = Console(highlight=False)
     from fedtune.apply import apply_delta
 
-    def say(event: Event) -> None:
-        if isinstance(event, Note):
-            console.print(event.text, style="dim", markup=False)
-
-    with listening(say):
+    with saying_notes(console):
         done = apply_delta(base, Path(file), Path(out), revision, trust_remote_code)
     for line in (
         f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest} (verified)",

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fedtune.cli.numbers import in_bytes
+from fedtune.cli.watch import saying_notes
 from fedtune.run_folder import RunFolder, check_new
 
 
@@ -29,6 +30,12 @@ def export(
     model: Annotated[
         str, typer.Option("--model", metavar="MODEL", help="Where the base model is now, if it moved.", show_default=False)
     ] = "",
+    revision: Annotated[
+        str, typer.Option("--revision", help="Revision of a hub model given with --model.", show_default=False)
+    ] = "",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model.")
+    ] = False,
     best: Annotated[bool, typer.Option("--best", help="The round with the lowest held-out loss instead of the last.")] = False,
 ) -> None:
     """Write the tuned model as a Hugging Face folder that AutoModelForCausalLM.from_pretrained loads, or as a delta.
@@ -39,17 +46,20 @@ def export(
 
     A folder is rebuilt from the base model and the run's coefficients and checked against the run's digest. A delta is a
     file of kilobytes; whoever has the base model makes the same weights of it with `fedtune apply`.
+
+    The run folder may be somebody else's: no code of its model runs and nothing is fetched from the hub unless you say so.
     """
     folder = RunFolder.open(run)
     check_new(out)
     console = Console(highlight=False)
     if form is Format.hf:
         console.print("rebuilding the model from base and coefficients", style="dim")
-    from fedtune.export import FINAL, export_delta, export_run
+    from fedtune.export import FINAL, Base, export_delta, export_run
     from fedtune.run_folder import BEST
 
     write = export_run if form is Format.hf else export_delta
-    done = write(folder, Path(out), BEST if best else FINAL, model)
+    with saying_notes(console):
+        done = write(folder, Path(out), BEST if best else FINAL, Base(model, revision, trust_remote_code))
     use = {
         Format.hf: f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',
         Format.delta: f"`fedtune apply BASE {done.path} --out DIR` makes the model of it.",

@@ -14,6 +14,7 @@ from rich.table import Table
 from fedtune.cli.delta import MOST_ROWS, in_rounds
 from fedtune.cli.ledger_rounds import show, verify
 from fedtune.cli.numbers import in_bytes
+from fedtune.cli.watch import saying_notes
 
 if TYPE_CHECKING:
     from fedtune.comparison import Comparison, Difference
@@ -42,7 +43,8 @@ def diff(
     """
     from fedtune.comparison import compare, delta_at
 
-    found = compare(delta_at(Path(a)), delta_at(Path(b)))
+    with saying_notes(Console(stderr=True, highlight=False)):
+        found = compare(delta_at(Path(a)), delta_at(Path(b)))
     if as_json:
         print(json.dumps(_as_json(found)))
         return

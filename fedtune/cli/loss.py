@@ -18,6 +18,9 @@ def loss(
     model: Annotated[
         str, typer.Option("--model", metavar="MODEL", help="Instead of the preset's: a folder or hub name.", show_default=False)
     ] = "",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead.")] = False,
 ) -> None:
     """Measure a model on the held-out samples of a preset, in nats per token; nothing is trained or written.
@@ -27,6 +30,11 @@ def loss(
     [bold]fedtune loss demo_fedkseed --model tuned[/bold]   what export or apply wrote: the run's last loss, digit by digit
     """
     config = presets.choose(preset, settings, {"model": model} if model else None).config
+    if model:  # a preset trusts its own model, and no other
+        said = "trust_remote_code" in dict(presets.parse_setting(text) for text in settings)
+        config = config.replace(revision="", trust_remote_code=config.trust_remote_code and said)
+    if trust_remote_code:
+        config = config.replace(trust_remote_code=True)
     from fedtune.evaluation import evaluate
     from fedtune.resident import renewed
 

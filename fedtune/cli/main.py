@@ -36,6 +36,7 @@ from fedtune.cli.simulate import simulate
 from fedtune.cli.sweep import sweep
 from fedtune.cli.worker import worker
 from fedtune.errors import EngineError, FedtuneError, Interrupted
+from fedtune.no_room import MEMORY, memory_is_short, why_no_room
 
 FAILED, MISTYPED, INTERRUPTED = 1, 2, 130
 
@@ -128,11 +129,19 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return str(error), INTERRUPTED
         case KeyboardInterrupt() | click.Abort():
             return "Stopped at once; the round in hand is lost, those before are in the run folder.", INTERRUPTED
-        case FedtuneError() | click.ClickException():
+        case FedtuneError() | click.ClickException() if not _of_the_system(error):
             return str(error), FAILED
-        case _:
-            what = _sentence(f"{type(error).__name__}: {error}".rstrip(": "))
-            return f"Unexpected {what} Run it again with --debug for the traceback.", FAILED
+    what = _sentence(f"{type(error).__name__}: {error}".rstrip(": "))
+    return _of_the_system(error) or f"Unexpected {what} Run it again with --debug for the traceback.", FAILED
+
+
+def _of_the_system(error: BaseException) -> str:
+    """What is printed if memory or the disk ran out, whatever a library made of it; "" for another error."""
+    if memory_is_short(error):
+        return f"There is not enough memory: {MEMORY}, or choose smaller settings; `fedtune estimate` says what a run needs."
+    if isinstance(error, OSError) and (why := why_no_room(error)):
+        return f"'{error.filename or 'A file'}' could not be written: {why}."
+    return ""
 
 
 def _tail(error: BaseException) -> list[str]:

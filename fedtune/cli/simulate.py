@@ -19,9 +19,11 @@ from fedtune.cli.tables import Summary, result_table
 from fedtune.cli.watch import watching
 from fedtune.config import RunConfig
 from fedtune.errors import Interrupted
+from fedtune.progress import Event, Note, listening
 from fedtune.report.trackers import Tracker, tracking
 from fedtune.resume import held_against, stored_settings
 from fedtune.run_folder import RunFolder, check_new, dated
+from fedtune.trust import said_now
 
 
 class Engine(StrEnum):
@@ -124,9 +126,12 @@ def _carried_on(resume: str, settings: list[str], out: str, quiet: bool) -> RunC
     if out:
         raise typer.BadParameter("--resume goes on in the run's own folder: leave --out away.")
     folder = RunFolder.open(resume)
-    before = stored_settings(folder)
-    going_on = held_against(folder, before, before.replace(**dict(presets.parse_setting(text) for text in settings)))
-    for note in () if quiet else going_on.unused:
+    before, told = stored_settings(folder), list[Event]()
+    with listening(told.append):
+        asked = said_now(before, dict(presets.parse_setting(text) for text in settings))
+    going_on = held_against(folder, before, asked)
+    notes = [event.text for event in told if isinstance(event, Note)]
+    for note in () if quiet else (*notes, *going_on.unused):
         Console(stderr=True, highlight=False).print(note, markup=False, soft_wrap=True)
     return going_on.config.replace(resume=resume)
 

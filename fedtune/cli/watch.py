@@ -42,6 +42,18 @@ def watching(*, quiet: bool = False, to_stderr: bool = False) -> Iterator[RunVie
 
 
 @contextmanager
+def saying_notes(console: Console) -> Iterator[None]:
+    """Print notes inside the `with` block, for a command that has nothing else to show while it works."""
+
+    def say(event: Event) -> None:
+        if isinstance(event, Note):
+            console.print(event.text, style="dim", markup=False, soft_wrap=True)
+
+    with progress.listening(say):
+        yield
+
+
+@contextmanager
 def _display(view: RunView, console: Console) -> Iterator[None]:
     if not console.is_terminal:
         log = LineLog(view, lambda line: console.print(line, markup=False, soft_wrap=True))

@@ -24,14 +24,18 @@ from threading import Event, Lock
 from typing import Any
 
 from fedtune import toml
+from fedtune.bounded import opened
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, Interrupted, RunFolderError
+from fedtune.foreign import for_screen
+from fedtune.report.table import measured
 from fedtune.resume import stored_settings
 from fedtune.run_folder import SUMMARY, RunFolder, replace_file
 
 TAIL = 400  # characters of what a failed process said last
 STOPPED = 130  # exit code of a process that was told to stop
 PRELOADED = ["fedtune.cli.main", "server.app", "client.app", "simulations.engines.in_process", "transformers.models.llama"]
+SAID_AGAIN = ("rounds", "model", "revision", "data", "holdout_file", "trust_remote_code")  # what no folder decides
 PATIENCE = 60.0  # seconds that a process gets to end after the step in hand
 
 
@@ -113,9 +117,9 @@ def _ending_like_ctrl_c() -> Iterator[None]:
 def reached(folder: str | Path, rounds: int) -> bool:
     """Whether the run in `folder` has finished `rounds` rounds, and measured the model after them."""
     run = RunFolder(Path(folder))
-    if (run.path / SUMMARY).is_file() and int(run.summary()["rounds"]) >= rounds:
+    if (run.path / SUMMARY).is_file() and (measured(run.summary().get("rounds")) or 0) >= rounds:
         return True
-    return any(row["round"] > rounds for row in run.read_metrics())
+    return any((measured(row.get("round")) or 0) > rounds for row in run.read_metrics())
 
 
 # ---------------------------------------------------------------------- processes
@@ -210,7 +214,9 @@ def _log(folder: Path) -> Path:
 def _arguments(cell: Cell, folder: Path) -> list[str]:
     """`fedtune simulate` for a new folder, or `--resume` for one that is there."""
     if folder.exists():
-        return ["simulate", "--resume", str(folder), "--set", f"rounds={cell.settings.rounds}", "--quiet", "--json"]
+        now = cell.settings.as_mapping()
+        again = [part for key in SAID_AGAIN for part in ("--set", f"{key}={toml.written(now[key])}")]
+        return ["simulate", "--resume", str(folder), *again, "--quiet", "--json"]
     return ["simulate", str(_written(cell, folder)), "--out", str(folder), "--quiet", "--json"]
 
 
@@ -240,10 +246,16 @@ def _summary(folder: Path) -> Mapping[str, Any]:
 def _problem(folder: Path, code: int) -> str:
     """Why a process failed: what the run wrote down, or the end of what the process said."""
     if (folder / "error.json").is_file():
-        return str(RunFolder(folder).read_json("error.json")["message"])
+        return for_screen(str(RunFolder(folder).read_object("error.json").get("message")), TAIL)
     log = _log(folder)
-    said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else ""
+    said = _last_words(log).strip() if log.is_file() else ""
     return said.removeprefix("Error: ")[-TAIL:] or f"its process ended with code {code}"
+
+
+def _last_words(log: Path) -> str:
+    with opened(log) as file:
+        file.seek(-min(os.fstat(file.fileno()).st_size, 4 * TAIL), os.SEEK_END)
+        return file.read(4 * TAIL).decode(errors="replace")
 
 
 # ---------------------------------------------------------------------- what is there

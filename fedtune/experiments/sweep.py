@@ -17,6 +17,7 @@ from fedtune.errors import DivergedError, NonFiniteError
 from fedtune.experiments.cells import Cell, Finished, Outcome, reached, run_cells
 from fedtune.experiments.grid import Combination
 from fedtune.experiments.halving import survivors
+from fedtune.foreign import for_screen
 from fedtune.ledger import Ledger
 from fedtune.ledger_file import LEDGER
 from fedtune.run_folder import RunFolder
@@ -132,8 +133,8 @@ def _diverged(cell: Cell) -> str:
     folder = RunFolder(Path(cell.settings.out))
     if not (folder.path / "error.json").is_file():
         return ""
-    error = folder.read_json("error.json")
-    return str(error["message"]) if error["type"] == DivergedError.__name__ else ""
+    error = folder.read_object("error.json")
+    return for_screen(str(error.get("message"))) if error.get("type") == DivergedError.__name__ else ""
 
 
 # ---------------------------------------------------------------------- results

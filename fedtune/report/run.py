@@ -6,6 +6,7 @@ know or lacks. Only a folder that is no run folder is refused.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from fedtune.report.table import measured
 from fedtune.run_folder import CONFIG, PARTITION, SUMMARY, VERSIONS, RunFolder
 
 T = TypeVar("T")
+MOST_DIGITS = 7  # of a round
 LONGEST_PHASE = 40  # characters of a name
 BOOKKEEPING = ("evaluation",)  # events of the ledger that the curves show already
 
@@ -116,23 +118,19 @@ class _Reader:
             return read()
         except FedtuneError as error:
             self.problems.append(str(error))
-        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-            self.problems.append(f"A file of the run has an unexpected form ({type(error).__name__}: {error}).")
         return otherwise
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         """A JSON object of the folder; {} where there is none."""
-        if not (self.folder.path / name).is_file():
+        if not os.path.lexists(self.folder.path / name):
             return {}
-        found: Any = self.attempt(lambda: self.folder.read_json(name), None)
-        return found if isinstance(found, Mapping) else {}
+        return self.attempt(lambda: self.folder.read_object(name), {})
 
 
 def read_run(path: Path) -> Run:
     """Read the run folder at `path`. Raises RunFolderError if it is none."""
     reader = _Reader(RunFolder.open(path))
-    lines: list[Any] = reader.attempt(reader.folder.read_metrics, [])
-    rows = [row for row in lines if isinstance(row, Mapping)]
+    rows: list[dict[str, Any]] = reader.attempt(reader.folder.read_metrics, [])
     config, summary = reader.mapping(CONFIG), reader.mapping(SUMMARY)
     kept = reader.attempt(lambda: _ledger(path), _Kept())
     first, last = _generated(path)
@@ -188,8 +186,8 @@ class _Kept:
 def _ledger(path: Path) -> _Kept:
     kept = _Kept()
     with Ledger.open(path) as ledger, ledger.at_one_moment():
-        for number in range(1, ledger.last + 1):
-            for update in ledger.updates(number):
+        for row in ledger.rounds():
+            for update in ledger.updates(row.number):
                 kept.shares[update.client] = kept.shares.get(update.client, 0.0) + update.share
                 kept.bytes_up[update.client] = kept.bytes_up.get(update.client, 0) + len(update.payload)
         kept.events = [(event.round, event.kind, event.detail) for event in ledger.events() if event.kind not in BOOKKEEPING]
@@ -213,6 +211,8 @@ def _clients(rows: Sequence[Mapping[str, Any]], partition: Mapping[str, Any], ke
             reasons.setdefault(str(name), Counter())[str(reason)] += 1
     held = partition.get("clients")
     samples = {str(n): len(of) for n, of in enumerate(held) if isinstance(of, list)} if isinstance(held, list) else {}
+    if set(asked) - set(samples):  # named nodes have data of their own: the division of a simulation is not theirs
+        samples = {}
     whole = sum(kept.shares.values())
     return [
         Client(
@@ -243,7 +243,7 @@ def _in_order(name: str) -> tuple[int, str]:
 def _generated(path: Path) -> tuple[int | None, int | None]:
     """The first and the last round with generated responses; None where there is none, or no second one."""
     stems = [file.stem.removeprefix("generated_round_") for file in path.glob("generated_round_*.json")]
-    numbers = sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit())
+    numbers = sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) <= MOST_DIGITS)
     return (numbers[0] if numbers else None, numbers[-1] if len(numbers) > 1 else None)
 
 

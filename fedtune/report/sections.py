@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from fedtune.config import RunConfig
@@ -13,6 +14,7 @@ from fedtune.report.run import Client, Run, phases
 from fedtune.report.table import measured
 
 MOST_CLIENTS, MOST_ROUNDS, MOST_ANSWERS, MOST_EVENTS, MOST_TEXT = 200, 400, 20, 100, 1500
+MOST_PHASES, MOST_ITEMS = 20, 300  # columns of seconds, and lines of settings or versions
 LONGEST_NUMBER = 10  # characters, with its unit
 BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison
 
@@ -152,7 +154,7 @@ def _count(value: int | None) -> str:
 
 def rounds(run: Run) -> Html:
     """One line a round: losses, bytes, seconds, digest."""
-    names = list(dict.fromkeys(name for row in run.rows for name in phases(row)))
+    names = list(dict.fromkeys(name for row in run.rows[-MOST_ROUNDS:] for name in phases(row)))[:MOST_PHASES]
     head = [("round", True), ("held-out loss", True), ("train loss", True), ("up", True), ("down", True)]
     head += [(name, True) for name in names] + [("not used", True), ("digest", False)]
     rows = []
@@ -201,14 +203,14 @@ def _said(name: str, text: str | None) -> Html:
 def settings(run: Run) -> Html:
     """Every setting; those that are not fedtune's defaults stand out."""
     defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
-    items = [_pair(name, value, given=defaults.get(name) != value) for name, value in run.used.items()]
+    items = [_pair(name, value, given=defaults.get(name) != value) for name, value in islice(run.used.items(), MOST_ITEMS)]
     note = tag("p", "Bold: other than fedtune's default.", class_="quiet")
     return heading("Configuration", note, tag("dl", *items, class_="settings")) if items else Html("")
 
 
 def versions(run: Run) -> Html:
     """Libraries, and what names the run's model, data and directions."""
-    named = [_pair(name, value) for name, value in run.versions.items()]
+    named = [_pair(name, value) for name, value in islice(run.versions.items(), MOST_ITEMS)]
     digests = {**run.digests, "model after the last round": run.digest}
     lines = [[name, tag("span", value, class_="code")] for name, value in digests.items() if value]
     found = table([("digest of", False), ("", False)], lines) if lines else None

@@ -10,12 +10,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedtune.bounded import read_file
 from fedtune.errors import MissingPackageError, TableError
+from fedtune.foreign import for_screen
 from fedtune.run_folder import replace_file
 
 CSV, PARQUET = ".csv", ".parquet"
@@ -141,22 +143,30 @@ def read(path: Path) -> list[Row]:
     """
     decode = _by_ending(path, {CSV: _from_csv, PARQUET: _from_parquet})
     try:
-        return [_row(values, path, number) for number, values in enumerate(decode(path), start=1)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return [_row(values, path, number) for number, values in enumerate(decode(read_file(path, MOST_BYTES), path), start=1)]
+    except OSError as error:
+        raise TableError(f"'{path}' cannot be read as a table: {error.strerror or error}.", path=str(path)) from error
+    except (UnicodeDecodeError, csv.Error) as error:
         raise TableError(f"'{path}' cannot be read as a table: {error}.", path=str(path)) from error
 
 
-def _from_csv(path: Path) -> list[dict[str, Any]]:
-    return list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
+def _from_csv(data: bytes, path: Path) -> Iterator[dict[str, Any]]:
+    return csv.DictReader(io.StringIO(data.decode(), newline=""))
 
 
-def _from_parquet(path: Path) -> list[dict[str, Any]]:
+def _from_parquet(data: bytes, path: Path) -> Iterator[dict[str, Any]]:
+    """The rows, a group of them at a time. A few bytes can spell millions of rows: MOST_ROWS are the most that are read."""
     arrow = _arrow()
     try:
-        rows: list[dict[str, Any]] = arrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()
-    except arrow.ArrowException as error:
-        raise TableError(f"'{path}' is not a Parquet file that can be read: {error}.", path=str(path)) from error
-    return rows
+        file = arrow.parquet.ParquetFile(io.BytesIO(data))
+        known = [name for name in COLUMNS if name in file.schema_arrow.names]
+        if file.metadata.num_rows > MOST_ROWS:
+            raise TableError(f"'{path}' has {file.metadata.num_rows:,} rows, more than {MOST_ROWS:,}.", path=str(path))
+        for batch in file.iter_batches(columns=known):
+            yield from batch.to_pylist()
+    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        first = for_screen(str(error).split("\n", 1)[0])
+        raise TableError(f"'{path}' is not a Parquet file that can be read: {first}.", path=str(path)) from error
 
 
 def _row(values: Mapping[str, Any], path: Path, number: int) -> Row:
@@ -166,18 +176,25 @@ def _row(values: Mapping[str, Any], path: Path, number: int) -> Row:
     known = {name: values[name] for name in COLUMNS if values.get(name) is not None}
     try:
         typed = {name: _typed(value, _KINDS[name]) for name, value in known.items()}
-    except (TypeError, ValueError) as error:
-        raise TableError(f"Row {number} of '{path}' is damaged: {error}.", path=str(path), row=number) from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TableError(
+            f"Row {number} of '{path}' is damaged: {for_screen(str(error))}.", path=str(path), row=number
+        ) from None
     return Row(**{name: value for name, value in typed.items() if value is not None})
 
 
 def _typed(value: Any, kind: str) -> Any:
     """A cell in the type of its column; an empty cell of a column that is no text is null."""
+    if not isinstance(value, str | int | float):
+        raise TypeError(f"a cell holds a {type(value).__name__}")
     if kind == "str":
         return str(value)
     if value == "":
         return None
-    return int(value) if kind.startswith("int") else float(value)
+    number = int(value) if kind.startswith("int") else float(value)
+    if measured(number) is None:
+        raise ValueError("a number is not finite, or has too many digits")
+    return number
 
 
 # ---------------------------------------------------------------------- both
@@ -207,7 +224,11 @@ def _as_text(value: str | int | float | None) -> str:
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
+LARGEST = 1e60  # of a number that is shown or added: sums of such are finite
+MOST_BYTES, MOST_ROWS = 1 << 26, 2_000_000  # of a file that is read
+
+
 def measured(value: object) -> float | None:
-    """What stands in metrics.jsonl or another file as a finite number; None for anything else."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """What stands in metrics.jsonl or another file as a finite number below LARGEST in size; None for anything else."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
     return float(value) if known and isinstance(value, int | float) else None

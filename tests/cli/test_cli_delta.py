@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "_save", full)
-    with pytest.raises(RunFolderError, match="No space left on device"):
+    with pytest.raises(RunFolderError, match="the disk is full"):
         apply_delta(str(tiny_folder), path, tmp_path / "x")
     assert [entry.name for entry in tmp_path.iterdir()] == ["f.safetensors"]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +14,10 @@ from flwr.app import Context, Message
 
 import server.operate
 from fedtune.config import RunConfig
-from fedtune.control import Command, Doing, Order, is_live, said, send, waiting
+from fedtune.control import MOST_AT_ONCE, Command, Doing, Order, is_live, said, send, waiting
 from fedtune.errors import ControlError, Interrupted, RunError
 from fedtune.ledger import Ledger
+from fedtune.ledger_file import LOCK
 from fedtune.progress import Event, Note, RoundFinished, listening
 from fedtune.run_folder import RunFolder
 from fedtune.verify import verify
@@ -176,3 +180,82 @@ def test_a_failed_run_says_why(settings: Settings) -> None:
     status = said(RunFolder.open(once.out))
     assert status["doing"] == Doing.FAILED
     assert "boom" in status["error"]
+
+
+def strange(control: Path) -> None:
+    """What is no command, in every way that a file can be none."""
+    control.mkdir()
+    (control / "1.json").write_bytes(b"[" * 2048)
+    (control / "2.json").mkdir()
+    (control / "2.json" / "inside").write_text("x")
+    (Path(os.fsdecode(os.fsencode(control) + b"/\xff.json"))).write_text("{}")
+    os.mkfifo(control / "3.json")
+    (control / "4.json").touch()
+    os.truncate(control / "4.json", 3 << 30)
+    (control / "5.json").symlink_to("/dev/zero")
+    (control / "6.json").symlink_to("6.json")
+    (control / "7.json").write_text(json.dumps({"command": [], "client": ""}))
+    (control / "8.json").write_text(json.dumps({"command": "drop", "client": "\x1b[2J"}))
+    (control / "9.json").write_text('{"command": "drop", "client": "\\ud800"}')
+    (control / "a b.json").write_text(json.dumps({"command": "pause", "client": ""}))
+
+
+def test_what_is_no_command_is_refused_by_name_and_removed_and_the_run_goes_on(settings: Settings) -> None:
+    once = settings(rounds=2)
+    notes: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, RoundFinished) and event.round == 1:
+            strange(Path(once.out) / "control")
+        if isinstance(event, Note) and event.warning:
+            notes.append(event.text)
+
+    with listening(listen):
+        outcome = run(once)
+    assert outcome.summary["rounds"] == 2
+    refused = [str(command["name"]) for command in commands(outcome.folder.path) if "refused" in command]
+    assert sorted(refused) == sorted([*(f"{number}.json" for number in range(1, 10)), r"\udcff.json", "a b.json"])
+    assert len(notes) == len(refused)
+    assert all(any(name in note for note in notes) for name in refused)
+    assert not any("\x1b" in note for note in notes)
+    assert list((outcome.folder.path / "control").iterdir()) == []
+    with Ledger.open(outcome.folder.path) as ledger:
+        verify(ledger)
+
+
+def test_commands_without_end_do_not_hold_the_run(settings: Settings) -> None:
+    """So many are taken before each round; the others wait."""
+    once = settings(rounds=1)
+    outcome = run(once)
+    control = outcome.folder.path / "control"
+    control.mkdir(exist_ok=True)
+    for number in range(3 * MOST_AT_ONCE):
+        (control / f"{number:05d}.json").write_text("no command")
+    assert [path.name for path in waiting(outcome.folder)] == [f"{number:05d}.json" for number in range(MOST_AT_ONCE)]
+
+
+def test_a_control_folder_that_leads_elsewhere_is_not_followed(settings: Settings, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.json").write_text("{}")
+    once = settings(rounds=1)
+    outcome = run(once)
+    (outcome.folder.path / "control").symlink_to(mine)
+    assert waiting(outcome.folder) == []
+    with pytest.raises(ControlError, match="is a link to another place"):
+        send(outcome.folder, Order(Command.DROP, "1"))
+    assert [path.name for path in mine.iterdir()] == ["notes.json"]
+
+
+def test_whoever_asks_whether_a_run_goes_on_does_not_keep_it_from_going_on(settings: Settings) -> None:
+    """`fedtune status` at the moment in which a resume takes the lock."""
+    once = settings(rounds=1)
+    run(once)
+    asking = os.open(Path(once.out) / LOCK, os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    assert not is_live(Path(once.out)), "two may ask at a time"
+    soon = threading.Timer(0.1, os.close, [asking])
+    soon.start()
+    with Ledger.open(Path(once.out), writing=True):
+        assert is_live(Path(once.out))
+    soon.join()
