@@ -31,6 +31,7 @@ from typing import Any, Self
 
 from fedtune.config import RunConfig
 from fedtune.errors import RunFolderError
+from fedtune.foreign import for_json
 
 CONFIG = "config.json"
 VERSIONS = "versions.json"
@@ -246,12 +247,12 @@ def _explained(target: Path, verb: str) -> Iterator[None]:
 
 
 def _encode(name: str, obj: Any, null_for_nan: bool, indent: int | None) -> bytes:
-    """`obj` as JSON and a newline. Raises RunFolderError for what JSON cannot hold."""
+    """`obj` as JSON and a newline, harmless on the terminal that shows it. Raises RunFolderError for what JSON cannot hold."""
     try:
         text = json.dumps(_plain(obj, null_for_nan), indent=indent, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RunFolderError(f"{name} was not written: {error}. Nothing in the run folder changed.", name=name) from None
-    return (text + "\n").encode()
+    return (for_json(text) + "\n").encode()
 
 
 def _plain(value: Any, null_for_nan: bool) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedtune.control import MOST_BYTES, Command, Doing, Order, say, waiting
 from fedtune.errors import ControlError, Interrupted
+from fedtune.foreign import for_file
 from fedtune.progress import Note, check_stop, emit
 from server.record import Record
 from server.strategy import CoefficientStrategy
@@ -59,7 +60,7 @@ class Operator:
             self._check(order)
         except (ControlError, OSError) as problem:
             emit(Note(f"A command was refused: {problem}", warning=True))
-            self._write(path, {"refused": str(problem)})
+            self._write(path, {"refused": for_file(str(problem))})
             return False
         if order.command is Command.DROP:
             self._drop(order.client)

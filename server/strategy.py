@@ -22,8 +22,8 @@ from fedtune.algorithms import State
 from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, NonFiniteError, WireError
+from fedtune.foreign import for_file
 from fedtune.progress import ClientFinished, Note, RoundStarted, emit
-from fedtune.redact import redact
 from fedtune.replay import Rules, read_update
 from fedtune.selftest import SelfTest, self_test
 from fedtune.traffic import Traffic
@@ -299,7 +299,7 @@ class CoefficientStrategy(Strategy):
 
     def _finished(self, server_round: int, client: str, problem: str) -> None:
         if problem:
-            problem = redact(problem)
+            problem = for_file(problem)
             self.tally.refused[client] = problem
         emit(ClientFinished(server_round, client, problem))
 
@@ -322,7 +322,7 @@ class CoefficientStrategy(Strategy):
 def _content(reply: Message) -> ConfigRecord:
     """The record of a reply. Raises the client's problem as the error type it names, or RunError for a crash."""
     if reply.has_error():
-        raise errors.RunError(f"the client failed (Flower code {reply.error.code}): {reply.error.reason}")
+        raise errors.RunError(f"the client failed (Flower code {reply.error.code}): {for_file(reply.error.reason or '')}")
     record = reply.content.config_records.get(RECORD)
     if record is None:
         raise errors.MalformedMessageError("The reply has no fedtune record.")
@@ -330,7 +330,7 @@ def _content(reply: Message) -> ConfigRecord:
     if isinstance(name, str):
         kind = getattr(errors, name, FedtuneError)
         known = isinstance(kind, type) and issubclass(kind, FedtuneError)
-        raise (kind if known else FedtuneError)(str(record.get("text", "")))
+        raise (kind if known else FedtuneError)(for_file(str(record.get("text", ""))))
     return record
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedtune.cli.numbers import in_bytes
+from fedtune.cli.screen import Screen
 from fedtune.progress import Event, Note, listening
 from fedtune.run_folder import check_new
 
@@ -30,12 +30,12 @@ def apply(
     written. `fedtune delta show FILE` says which base a delta needs.
     """
     check_new(out)
-    console = Console(highlight=False)
+    screen = Screen()
     from fedtune.apply import apply_delta
 
     def say(event: Event) -> None:
         if isinstance(event, Note):
-            console.print(event.text, style="dim", markup=False)
+            screen.say(event.text, "dim")
 
     with listening(say):
         done = apply_delta(base, Path(file), Path(out), revision, trust_remote_code)
@@ -43,4 +43,4 @@ def apply(
         f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest} (verified)",
         f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',
     ):
-        console.print(line, markup=False, soft_wrap=True)
+        screen.say(line)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedtune.cli.numbers import in_bytes
+from fedtune.cli.screen import Screen
 from fedtune.run_folder import RunFolder, check_new
 
 
@@ -42,9 +42,9 @@ def export(
     """
     folder = RunFolder.open(run)
     check_new(out)
-    console = Console(highlight=False)
+    screen = Screen()
     if form is Format.hf:
-        console.print("rebuilding the model from base and coefficients", style="dim")
+        screen.say("rebuilding the model from base and coefficients", "dim")
     from fedtune.export import FINAL, export_delta, export_run
     from fedtune.run_folder import BEST
 
@@ -58,4 +58,4 @@ def export(
         f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest}",
         use[form],
     ):
-        console.print(line, markup=False, soft_wrap=True)
+        screen.say(line)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from fedtune.cli.screen import Screen
 from fedtune.config import RunConfig, Scalar, read_setting
 from fedtune.errors import ConfigError
 
@@ -88,9 +88,10 @@ def presets() -> None:
     table.add_column()
     for preset in shipped():
         table.add_row(preset.name, preset.title)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print("\nRun one with `fedtune simulate NAME`, change it with `--set key=value`, or copy the file and edit it.")
+    screen = Screen()
+    screen.print(table)
+    screen.print()
+    screen.say("Run one with `fedtune simulate NAME`, change it with `--set key=value`, or copy the file and edit it.")
 
 
 def find(preset: str) -> Path:
