@@ -93,7 +93,8 @@ def _escaped(text: str, layout: str = "") -> str:
 
 
 def _acts(character: str) -> bool:
-    return unicodedata.category(character) in _UNSAFE
+    """Whether it does something, or is none of the characters that a text may have (U+FFFE, U+FFFF)."""
+    return unicodedata.category(character) in _UNSAFE or ord(character) & 0xFFFE == 0xFFFE
 
 
 def _harmless(character: str) -> str:

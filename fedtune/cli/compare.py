@@ -19,6 +19,7 @@ from fedtune.errors import ConfigError, RunError
 from fedtune.experiments import arms as experiment
 from fedtune.experiments.cells import Finished, Outcome, run_cells
 from fedtune.experiments.compare import Held, Planned, Result, held_against, plan, results, table
+from fedtune.foreign import for_screen
 from fedtune.link import Link
 from fedtune.numbers import in_bytes, in_time
 from fedtune.report import table as tidy
@@ -158,7 +159,7 @@ def _as_markdown(found: Sequence[Result]) -> str:
     lines = [
         ["", *(head.replace("\n", " ") for head in HEADS)],
         ["---", *("---:" for _ in HEADS)],
-        *([result.label, *_cells(result)] for result in found),
+        *([for_screen(result.label).replace("|", r"\|"), *_cells(result)] for result in found),
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{CAPTION}\n"
 

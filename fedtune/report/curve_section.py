@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fedtune.numbers import in_bytes, in_time
 from fedtune.report.drawing import Axis, Part, Series, bars_legend, legend, line_chart, patterns, stacked_bars
 from fedtune.report.markup import Html, tag
-from fedtune.report.run import Run, phases
+from fedtune.report.run import MOST_PHASES, Run, phases
 from fedtune.report.sections import heading
 from fedtune.report.table import measured
 
@@ -143,7 +143,7 @@ def _seconds(run: Run) -> Html | None:
         for name, seconds in spent.items():
             totals[name] = totals.get(name, 0.0) + seconds
     whole = sum(totals.values())
-    names = sorted(totals, key=lambda name: -totals[name])
+    names = sorted(totals, key=lambda name: -totals[name])[:MOST_PHASES]
     parts = [Part(name, [spent.get(name, 0.0) for _, spent in rows], number) for number, name in enumerate(names)]
     notes = [f"{in_time(totals[name])}, {100 * totals[name] / whole:.0f} %" if whole else "" for name in names]
     return _bars("Seconds of each round by phase", [n for n, _ in rows], parts, notes, Axis("seconds", "{:g}".format))
