@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from client.identity import Identity, Trainer
 from fedtune.config import RunConfig, Scalar
 from fedtune.errors import ConfigError, FedtuneError, Interrupted
-from fedtune.foreign import client_id
+from fedtune.foreign import client_id, for_file
 
 RECORD = "fedtune"  # name of the one ConfigRecord in every message, and of the client's state in Flower's context
 
@@ -152,5 +152,5 @@ def _list_of_bytes(value: object) -> list[bytes]:
 
 
 def _problem(message: Message, error: FedtuneError) -> Message:
-    record = ConfigRecord({"problem": type(error).__name__, "text": str(error)})
+    record = ConfigRecord({"problem": type(error).__name__, "text": for_file(str(error))})
     return Message(RecordDict({RECORD: record}), reply_to=message)

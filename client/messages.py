@@ -10,6 +10,7 @@ from client import worker_pb2 as pb
 from fedtune import errors
 from fedtune.config import RunConfig, Scalar
 from fedtune.errors import FedtuneError, MalformedMessageError
+from fedtune.foreign import for_file
 
 LARGEST_MESSAGE = 256 << 20
 """Bytes. Both sides read a message's length first and refuse a longer one before they make room for it."""
@@ -66,8 +67,8 @@ def settings_digest(config: RunConfig) -> bytes:
 
 
 def problem_of(error: FedtuneError) -> pb.Problem:
-    """`error` as a message."""
-    return pb.Problem(kind=type(error).__name__, text=str(error))
+    """`error` as a message, which goes on to the server: without the node's secrets."""
+    return pb.Problem(kind=type(error).__name__, text=for_file(str(error)))
 
 
 def error_of(problem: pb.Problem) -> FedtuneError:

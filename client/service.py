@@ -24,6 +24,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from client import log
 from client import worker_pb2 as pb
 from client import worker_pb2_grpc as rpc
 from client.address import Address, locked
@@ -281,7 +282,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--idle", type=float, default=IDLE_SECONDS)
     asked = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log.begin()
     try:
         serve(asked.address, asked.device, asked.idle)
     except FedtuneError as error:

@@ -12,6 +12,8 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedtune.foreign import for_json
+
 Value = int | float | str | bytes | None
 
 
@@ -41,5 +43,8 @@ def link(previous: bytes, table: str, values: Iterable[Value]) -> bytes:
 
 
 def as_text(value: Mapping[str, Any] | Sequence[Any]) -> str:
-    """JSON in its one canonical spelling: sorted keys, no spaces. Raises ValueError for a number that is not finite."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """JSON in its one canonical spelling: sorted keys, no spaces, control characters escaped (`fedtune.foreign.for_json`).
+
+    Raises ValueError for a number that is not finite.
+    """
+    return for_json(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))

@@ -34,6 +34,7 @@ from typing import Any, Self
 from fedtune.bounded import BadJsonError, opened, parse_json, read_file, refuse_special
 from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, RunFolderError
+from fedtune.foreign import for_json
 from fedtune.no_room import why_no_room
 
 CONFIG = "config.json"
@@ -288,12 +289,12 @@ def _explained(target: Path, verb: str) -> Iterator[None]:
 
 
 def _encode(name: str, obj: Any, null_for_nan: bool, indent: int | None) -> bytes:
-    """`obj` as JSON and a newline. Raises RunFolderError for what JSON cannot hold."""
+    """`obj` as JSON and a newline, harmless on the terminal that shows it. Raises RunFolderError for what JSON cannot hold."""
     try:
         text = json.dumps(_plain(obj, null_for_nan), indent=indent, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RunFolderError(f"{name} was not written: {error}. Nothing in the run folder changed.", name=name) from None
-    return (text + "\n").encode()
+    return (for_json(text) + "\n").encode()
 
 
 def _plain(value: Any, null_for_nan: bool) -> Any:

@@ -20,7 +20,7 @@ from fedtune.cli.view import RunView
 from fedtune.config import RunConfig
 from fedtune.control import Doing
 from fedtune.errors import FedtuneError, Interrupted
-from fedtune.redact import redact
+from fedtune.foreign import for_file
 from server.log import logging_to
 from server.opening import open_run
 from server.rounds import Run
@@ -43,9 +43,10 @@ def main(grid: Grid, context: Context) -> None:
 
 def _write_error(run: Run, error: Exception) -> None:
     """Write error.json and the status; a disk that is full, say, does not hide the error itself."""
+    text = for_file(str(error))
     with contextlib.suppress(FedtuneError):
-        run.folder.write_json("error.json", {"type": type(error).__name__, "message": redact(str(error))})
-        run.operator.say(Doing.STOPPED if isinstance(error, Interrupted) else Doing.FAILED, redact(str(error)))
+        run.folder.write_json("error.json", {"type": type(error).__name__, "message": text})
+        run.operator.say(Doing.STOPPED if isinstance(error, Interrupted) else Doing.FAILED, text)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The structured log of a run: log.jsonl in its folder, one JSON object an event, without secrets.
+"""The structured log of a run: log.jsonl in its folder, one JSON object an event, without secrets and control characters.
 
 It is for people and for programs that watch; the truth is the ledger. Steps and evaluation progress are left out, there are
 too many of them.
@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedtune.foreign import for_file
 from fedtune.progress import ClientFinished, ClientStep, EvaluationStep, Event, Note, listening
-from fedtune.redact import redact
 from fedtune.run_folder import appending
 
 LOG = "log.jsonl"
@@ -46,16 +46,15 @@ def _write(descriptor: int, event: Event) -> None:
 def _append(descriptor: int, level: str, name: str, fields: dict[str, Any]) -> None:
     """One line by one write, so that lines never mix. A log that cannot be written stops no run."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"time": now, "pid": os.getpid(), "level": level, "event": name, **_without_secrets(fields)}
+    line = {"time": now, "pid": os.getpid(), "level": level, "event": name, **_harmless(fields)}
     with suppress(OSError):
-        os.write(descriptor, json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n")
+        os.write(descriptor, json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact(value)
+def _harmless(value: Any) -> Any:
+    """`value` with `for_file` on every text in it; what JSON does not know becomes text."""
     if isinstance(value, dict):
-        return {key: _without_secrets(item) for key, item in value.items()}
+        return {for_file(str(key)): _harmless(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_secrets(item) for item in value]
-    return value
+        return [_harmless(item) for item in value]
+    return value if isinstance(value, bool | int | float | None) else for_file(str(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ from client.app import identity
 from fedtune.config import RunConfig
 from fedtune.control import Command, Order, send
 from fedtune.errors import ConfigError, ControlError, MalformedMessageError
-from fedtune.foreign import LONGEST_LINE, LONGEST_TEXT, client_id, for_file, for_screen
+from fedtune.foreign import LONGEST_LINE, LONGEST_TEXT, client_id, for_file, for_json, for_reading, for_screen
 from fedtune.run_folder import RunFolder
+from tests.hostile import TEXTS, acting
 
 ACTING = ("\x1b[2J", "\x9b31m", "\r\nINFO : round 9", "\x07", "\x00", "\u202e", "\u2066", "\u2028", "\ud83d", "\x7f")
 
@@ -41,6 +43,40 @@ def test_long_text_is_cut_before_it_is_worked_on() -> None:
 
 def test_files_get_no_secret() -> None:
     assert "geheim" not in for_file("token=geheim99 and https://a:geheim99@host/")
+
+
+def test_a_secret_at_the_cut_is_not_shown_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "correct-horse-battery-staple" * 20
+    monkeypatch.setenv("SITE_API_KEY", secret)
+    for before in range(LONGEST_TEXT - len(secret) - 20, LONGEST_TEXT + 20, 7):
+        for after in (0, 10_000):
+            shown = for_file("x" * before + secret + " y" * after)
+            assert "corr" not in shown
+            assert len(shown) < LONGEST_TEXT + 40
+    shrinks = for_file(f"token={'a' * 3000} " * 2 + "x" * 2000 + secret + "y" * 10_000)
+    assert "corr" not in shrinks
+    assert for_file("x" * 20_000) == "x" * LONGEST_TEXT + " ... (16000 more characters)"
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_text_that_is_read_keeps_its_layout_and_nothing_else(text: str) -> None:
+    assert not [found for found in acting(for_reading(text)) if not found.startswith("INFO")]
+    assert for_reading(text).count("\n") == text.count("\n")
+
+
+def test_spelling_is_no_control_character() -> None:
+    for text in ("\u0645\u06cc\u200c\u062e", "\u0915\u094d\u200d\u0937", "\tone\n\ttwo", "\U0001f468\u200d\U0001f469"):
+        assert for_reading(text) == text
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "\ud83d", "\U000e0041", "\uffff", "北京 \U0001f600"], ids=ascii)
+def test_a_json_document_keeps_its_value_and_acts_on_nothing(text: str) -> None:
+    for indent in (None, 2):
+        safe = for_json(json.dumps({text: [text, 1.5]}, ensure_ascii=False, indent=indent))
+        assert json.loads(safe) == {text: [text, 1.5]}
+        assert not list(acting(safe))
+        safe.encode()
+    assert "北京 \U0001f600" in for_json('"北京 \U0001f600"')
 
 
 def test_a_client_id_has_one_form() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedtune.cli.numbers import in_bytes
+from fedtune.cli.screen import Screen
 from fedtune.cli.watch import saying_notes
 from fedtune.run_folder import check_new
 
@@ -30,13 +30,13 @@ def apply(
     written. `fedtune delta show FILE` says which base a delta needs.
     """
     check_new(out)
-    console = Console(highlight=False)
+    screen = Screen()
     from fedtune.apply import apply_delta
 
-    with saying_notes(console):
+    with saying_notes(screen):
         done = apply_delta(base, Path(file), Path(out), revision, trust_remote_code)
     for line in (
         f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest} (verified)",
         f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',
     ):
-        console.print(line, markup=False, soft_wrap=True)
+        screen.say(line)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedtune.cli.presets import SetOption, find, parse_setting
+from fedtune.cli.screen import Screen, print_json, quoted
 from fedtune.errors import ConfigError, RunError
 from fedtune.experiments import arms as experiment
 from fedtune.experiments.cells import Finished, Outcome, run_cells
 from fedtune.experiments.compare import Held, Planned, Result, held_against, plan, results, table
+from fedtune.foreign import for_screen
 from fedtune.link import Link
 from fedtune.numbers import in_bytes, in_time
 from fedtune.report import table as tidy
@@ -77,7 +78,7 @@ def compare(
 
     Every run is an ordinary run folder, which fedtune report and fedtune ledger read.
     """
-    console = Console(stderr=as_json, highlight=False)
+    screen = Screen(stderr=as_json)
     comparison = experiment.load(find(preset))
     chosen = experiment.choose(comparison, algorithms)
     overrides = dict(parse_setting(text) for text in settings)
@@ -91,24 +92,24 @@ def compare(
         there = ", ".join(dict.fromkeys(row.label for row in before))
         raise ConfigError(f"'{against}' has no run of these arms and seeds to hold results against; its arms: {there}.")
     if experiment.one_rate_for_all(chosen):
-        console.print(ONE_RATE)
+        screen.say(ONE_RATE)
     cells = [cell for one in planned for cell in one.cells]
-    console.print(f"{len(chosen)} arms x {seeds} seeds: {len(cells)} runs, in {folder}", soft_wrap=True)
-    outcomes = run_cells(cells, workers=workers, progress=_said(console))
+    screen.say(f"{len(chosen)} arms x {seeds} seeds: {len(cells)} runs, in {folder}")
+    outcomes = run_cells(cells, workers=workers, progress=_said(screen))
     rows = table(planned, outcomes, comparison.name, simulated)
     found = results(rows, planned)
-    console.print(_as_table(found))
+    screen.print(_as_table(found))
     for line in _written(folder, rows, found, planned, simulated):
-        console.print(line, soft_wrap=True)
+        screen.say(line)
     held = held_against(rows, before)
     for one in held:
-        console.print(_agreement(one))
+        screen.say(_agreement(one))
     if as_json:
-        print(json.dumps([asdict(result) for result in found]))
+        print_json([asdict(result) for result in found])
     _end(outcomes, held)
 
 
-def _said(console: Console) -> Callable[[Finished], None]:
+def _said(screen: Screen) -> Callable[[Finished], None]:
     """Prints a line for each run that ends, with the time that is left."""
     begun, ran = time.monotonic(), [0]
 
@@ -120,7 +121,7 @@ def _said(console: Console) -> Callable[[Finished], None]:
         said = f"held-out loss {loss:.4f}" if isinstance(loss, float) else outcome.problem or "no finite loss"
         note = "" if outcome.again else " (was there)"
         line = f"{finished.done} of {finished.total}: {outcome.cell.name}: {said}{note}{soon}"
-        console.print(line, markup=False, soft_wrap=True)
+        screen.say(line)
 
     return say
 
@@ -147,7 +148,7 @@ def _as_table(found: Sequence[Result]) -> Table:
     view = Table(box=None, pad_edge=False, caption=CAPTION)
     view.add_column("")  # the one that wraps where the terminal is narrow
     for name in HEADS:
-        view.add_column(name, justify="right", no_wrap=True)
+        view.add_column(quoted(name), justify="right", no_wrap=True)
     for result in found:
         view.add_row(result.label, *_cells(result))
     return view
@@ -158,7 +159,7 @@ def _as_markdown(found: Sequence[Result]) -> str:
     lines = [
         ["", *(head.replace("\n", " ") for head in HEADS)],
         ["---", *("---:" for _ in HEADS)],
-        *([result.label, *_cells(result)] for result in found),
+        *([for_screen(result.label).replace("|", r"\|"), *_cells(result)] for result in found),
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{CAPTION}\n"
 

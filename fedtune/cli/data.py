@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from fedtune.cli import presets
 from fedtune.cli.presets import PresetArgument, SetOption
+from fedtune.cli.screen import Screen, quoted
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from fedtune.data.federated import DataReport, Lengths
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at the data before training on it.")
@@ -39,8 +40,8 @@ def show(
     config = presets.choose(preset, settings).config
     if client >= config.clients:
         raise typer.BadParameter(f"--client {client}: clients are numbered from 0 to {config.clients - 1}")
-    console = Console(highlight=False)
-    console.print("loading tokenizer and data", style="dim")
+    screen = Screen()
+    screen.say("loading tokenizer and data", "dim")
     from fedtune.data.federated import describe, load_federated
     from fedtune.models import load_tokenizer
 
@@ -48,21 +49,23 @@ def show(
     data = load_federated(config, tokenizer)
     for number, encoded in enumerate(data.clients[client][:samples], start=1):
         trained = f"{encoded.response_length} of {len(encoded.input_ids)} tokens are trained on"
-        console.print(f"\nclient {client}, sample {number} (row {encoded.row}): {trained}", style="bold")
-        console.print(marked(describe(encoded, tokenizer), colour=console.color_system is not None), soft_wrap=True)
-    console.print()
-    console.print(clients_table(data.report))
-    _print_totals(console, data.report)
+        screen.print()
+        screen.say(f"client {client}, sample {number} (row {encoded.row}): {trained}", "bold")
+        screen.print(marked(describe(encoded, tokenizer), colour=screen.color_system is not None), soft_wrap=True)
+    screen.print()
+    screen.print(clients_table(data.report))
+    screen.print()
+    _print_totals(screen, data.report)
 
 
 def marked(pieces: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
     """Text in which what is trained on stands out: green where there is colour, [[between brackets]] where there is none."""
-    text = Text()
+    text = quoted("")
     for piece, trained in pieces:
         if colour:
-            text.append(piece, style="bold green" if trained else "dim")
+            text.append_text(quoted(piece, "bold green" if trained else "dim"))
         else:
-            text.append(f"{OPEN}{piece}{CLOSE}" if trained else piece)
+            text.append_text(quoted(f"{OPEN}{piece}{CLOSE}" if trained else piece))
     return text
 
 
@@ -95,10 +98,10 @@ def clients_table(report: DataReport) -> Table:
     return table
 
 
-def _print_totals(console: Console, report: DataReport) -> None:
+def _print_totals(screen: Screen, report: DataReport) -> None:
     kept = sum(sum(counts.values()) for counts in report.clients)
     lines = [
-        f"\n{report.source}: {report.rows} rows, {kept} for training, {sum(report.heldout.values())} held out",
+        f"{report.source}: {report.rows} rows, {kept} for training, {sum(report.heldout.values())} held out",
         f"dropped: {_reasons(report.dropped)}",
         f"responses cut at max_length: {report.truncated}",
         f"tokens, prompt and response: {_lengths(report.lengths)}; response alone: {_lengths(report.response_lengths)}",
@@ -106,7 +109,7 @@ def _print_totals(console: Console, report: DataReport) -> None:
     if report.heldout_dropped:
         lines.append(f"dropped from the held-out file: {_reasons(report.heldout_dropped)}")
     for line in [*lines, *report.notes]:
-        console.print(line, markup=False, soft_wrap=True)
+        screen.say(line)
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:

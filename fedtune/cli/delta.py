@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedtune.cli.numbers import in_bytes
+from fedtune.cli.screen import Screen, print_json
 
 if TYPE_CHECKING:
     from fedtune.comparison import Comparison
@@ -37,18 +36,18 @@ def show(
     delta = read(Path(file))
     found = compare(delta, delta)
     if as_json:
-        print(json.dumps(_facts(found)))
+        print_json(_facts(found))
         return
-    console = Console(highlight=False)
+    screen = Screen()
     grid = Table.grid(padding=(0, 2))
     for title, value in _facts(found).items():
         text = in_bytes(found.bytes_a) if title == "bytes" else f"{value:.4g}" if isinstance(value, float) else str(value)
         grid.add_row(title.replace("_", " "), text)
-    console.print(grid)
+    screen.print(grid)
     if delta.pools:
-        console.print(_pools(found))
+        screen.print(_pools(found))
     if len(delta.pools) > MOST_ROWS:
-        console.print(f"and {len(delta.pools) - MOST_ROWS} more pools", style="dim")
+        screen.say(f"and {len(delta.pools) - MOST_ROWS} more pools", "dim")
 
 
 def _facts(found: Comparison) -> dict[str, object]:

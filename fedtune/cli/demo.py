@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from rich.console import Console
-
 from fedtune.cli import presets
+from fedtune.cli.screen import Screen, print_json
 from fedtune.cli.simulate import Engine, JsonOption, OutOption, QuietOption, run_folder, run_watched, runner
 from fedtune.cli.tables import Summary, comparison_table
 from fedtune.run_folder import check_new
@@ -25,15 +23,17 @@ def demo(out: OutOption = "", as_json: JsonOption = False, quiet: QuietOption = 
         chosen = presets.choose(name)
         configs.append(chosen.config.replace(out=str(Path(out) / name) if out else run_folder(chosen)))
         check_new(configs[-1].out)
-    console = Console(stderr=as_json, highlight=False)
+    screen = Screen(stderr=as_json)
     summaries: dict[str, Summary] = {}
     for name, config in zip(PRESETS, configs, strict=True):
         if not quiet:
-            console.print(f"\n{name}", style="bold", markup=False)
+            screen.print()
+            screen.say(name, "bold")
         summaries[name] = run_watched(config, runner(Engine.in_process), quiet=quiet, to_stderr=as_json)
     if not (as_json and quiet):
-        console.print()
-        console.print(comparison_table(summaries))
-        console.print(f"\nRun folders: {', '.join(config.out for config in configs)}", markup=False, soft_wrap=True)
+        screen.print()
+        screen.print(comparison_table(summaries))
+        screen.print()
+        screen.say(f"Run folders: {', '.join(config.out for config in configs)}")
     if as_json:
-        print(json.dumps(summaries))
+        print_json(summaries)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
+
+from fedtune.cli.screen import Screen, plain, print_json
 
 if TYPE_CHECKING:
     from fedtune.deploy.check import Finding
@@ -115,7 +114,7 @@ def check(
     findings = check_deployment(folder, role)
     problems = sum(finding.state is State.problem for finding in findings)
     if as_json:
-        print(json.dumps({"problems": problems, "findings": [asdict(finding) for finding in findings]}, indent=2))
+        print_json({"problems": problems, "findings": [asdict(finding) for finding in findings]}, indent=2)
     else:
         _print(findings, problems)
     if problems:
@@ -123,22 +122,22 @@ def check(
 
 
 def _print(findings: Sequence[Finding], problems: int) -> None:
-    console = Console(highlight=False)
+    screen = Screen()
     role = ""
     for finding in findings:
         if finding.role != role:
             role = finding.role
-            console.print(role, style="bold")
+            screen.say(role, "bold")
         state = finding.state.value
-        console.print(Text.assemble("  ", (f"{state:8}", COLOURS[state]), f"{finding.check}: {finding.text}"), soft_wrap=True)
+        screen.print(plain("  ", (f"{state:8}", COLOURS[state]), f"{finding.check}: {finding.text}"), soft_wrap=True)
         if finding.fix:
-            console.print(f"          {finding.fix}", markup=False, soft_wrap=True)
+            screen.say(f"          {finding.fix}")
     warnings = sum(finding.state.value == "warning" for finding in findings)
-    console.print(f"{len(findings)} checks, {problems} problems, {warnings} warnings")
+    screen.say(f"{len(findings)} checks, {problems} problems, {warnings} warnings")
 
 
 def _say(line: str) -> None:
-    Console(highlight=False).print(line, markup=False, soft_wrap=True)
+    Screen().say(line)
 
 
 def _listed(paths: Sequence[Path]) -> str:

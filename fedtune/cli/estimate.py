@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedtune.cli import presets
 from fedtune.cli.numbers import in_bytes, in_ratio, in_time
 from fedtune.cli.presets import PresetArgument, SetOption
+from fedtune.cli.screen import Screen, print_json
 
 TableRow = tuple[str, str, str]
 
@@ -38,26 +37,26 @@ def estimate(
     Nothing is written. Time is that of this machine, with clients one after another.
     """
     config = presets.choose(preset, settings).config
-    console = Console(stderr=as_json, highlight=False)
-    found = _of_architecture(config, console) if meta else _of_run(config, console)
+    screen = Screen(stderr=as_json)
+    found = _of_architecture(config, screen) if meta else _of_run(config, screen)
     if as_json:
-        print(json.dumps(as_mapping(found)))
+        print_json(as_mapping(found))
     else:
-        console.print(_table(found, config))
+        screen.print(_table(found, config))
 
 
-def _of_run(config: RunConfig, console: Console) -> Needs:
-    console.print("loading model and data, then timing local steps", style="dim")
+def _of_run(config: RunConfig, screen: Screen) -> Needs:
+    screen.say("loading model and data, then timing local steps", "dim")
     from fedtune.estimate import estimate_run
 
     return estimate_run(config)
 
 
-def _of_architecture(config: RunConfig, console: Console) -> Needs:
+def _of_architecture(config: RunConfig, screen: Screen) -> Needs:
     from fedtune.architecture import architecture_folder, needs_of_architecture
 
     place = architecture_folder(config)
-    console.print(f"from {place}/config.json, for samples of {config.max_length} tokens", style="dim", soft_wrap=True)
+    screen.say(f"from {place}/config.json, for samples of {config.max_length} tokens", "dim")
     return needs_of_architecture(config)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedtune.cli.numbers import in_bytes
+from fedtune.cli.screen import Screen
 from fedtune.cli.watch import saying_notes
 from fedtune.run_folder import RunFolder, check_new
 
@@ -51,14 +51,14 @@ def export(
     """
     folder = RunFolder.open(run)
     check_new(out)
-    console = Console(highlight=False)
+    screen = Screen()
     if form is Format.hf:
-        console.print("rebuilding the model from base and coefficients", style="dim")
+        screen.say("rebuilding the model from base and coefficients", "dim")
     from fedtune.export import FINAL, Base, export_delta, export_run
     from fedtune.run_folder import BEST
 
     write = export_run if form is Format.hf else export_delta
-    with saying_notes(console):
+    with saying_notes(Screen(stderr=True)):
         done = write(folder, Path(out), BEST if best else FINAL, Base(model, revision, trust_remote_code))
     use = {
         Format.hf: f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',
@@ -68,4 +68,4 @@ def export(
         f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest}",
         use[form],
     ):
-        console.print(line, markup=False, soft_wrap=True)
+        screen.say(line)

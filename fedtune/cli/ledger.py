@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedtune.cli.delta import MOST_ROWS, in_rounds
 from fedtune.cli.ledger_rounds import show, verify
 from fedtune.cli.numbers import in_bytes
+from fedtune.cli.screen import Screen, print_json
 from fedtune.cli.watch import saying_notes
 
 if TYPE_CHECKING:
@@ -43,18 +42,18 @@ def diff(
     """
     from fedtune.comparison import compare, delta_at
 
-    with saying_notes(Console(stderr=True, highlight=False)):
+    with saying_notes(Screen(stderr=True)):
         found = compare(delta_at(Path(a)), delta_at(Path(b)))
     if as_json:
-        print(json.dumps(_as_json(found)))
+        print_json(_as_json(found))
         return
-    console = Console(highlight=False)
+    screen = Screen()
     for title, delta, size in (("A", found.a, found.bytes_a), ("B", found.b, found.bytes_b)):
         of = f"'{delta.base}' after round {delta.round}, digest {delta.digest.hex()}, {in_bytes(size)} as a delta"
-        console.print(f"{title}: {of}", markup=False, soft_wrap=True)
-    console.print(_table(found, by_block))
+        screen.say(f"{title}: {of}")
+    screen.print(_table(found, by_block))
     if len(found.pools) > MOST_ROWS:
-        console.print(f"and {len(found.pools) - MOST_ROWS} more pools (--json has all)", style="dim")
+        screen.say(f"and {len(found.pools) - MOST_ROWS} more pools (--json has all)", "dim")
 
 
 def _table(found: Comparison, by_block: bool) -> Table:

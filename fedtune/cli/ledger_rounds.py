@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedtune.cli.numbers import in_bytes, in_loss, in_time
 from fedtune.cli.rows import real
+from fedtune.cli.screen import Screen, print_json
 from fedtune.ledger import Header, Ledger, Round
 from fedtune.run_folder import RunFolder
 
@@ -30,14 +30,14 @@ def show(run: RunArgument, as_json: JsonLinesOption = False) -> None:
     losses = {event.detail["round"]: real(event.detail, "eval_loss") for event in events if event.kind == "evaluation"}
     if as_json:
         for row in rounds:
-            print(json.dumps({**asdict(row), "state": row.state.hex(), "eval_loss": losses.get(row.number)}))
+            print_json({**asdict(row), "state": row.state.hex(), "eval_loss": losses.get(row.number)})
         return
-    console = Console(highlight=False)
-    console.print(_headline(header), markup=False, soft_wrap=True)
-    console.print(_table(rounds, losses))
+    screen = Screen()
+    screen.say(_headline(header))
+    screen.print(_table(rounds, losses))
     for event in events:
         if event.kind != "evaluation":
-            console.print(f"after round {event.round}: {event.kind} {_detail(event.detail)}", markup=False, soft_wrap=True)
+            screen.say(f"after round {event.round}: {event.kind} {_detail(event.detail)}")
 
 
 def verify(run: RunArgument) -> None:
@@ -51,11 +51,9 @@ def verify(run: RunArgument) -> None:
 
     with Ledger.open(RunFolder.open(run).path) as ledger:
         found = check(ledger)
-    Console(highlight=False).print(
+    Screen().say(
         f"The ledger is as it was written: {found.rounds} rounds, {found.updates} updates that lead to the same digests, "
-        f"{found.events} events, {found.pools} finished pools. Digest of the model: {found.digest}",
-        markup=False,
-        soft_wrap=True,
+        f"{found.events} events, {found.pools} finished pools. Digest of the model: {found.digest}"
     )
 
 

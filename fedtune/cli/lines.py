@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fedtune.cli.numbers import in_about, in_bytes, in_loss, in_time
 from fedtune.cli.rows import RoundRow
 from fedtune.cli.view import RunView
+from fedtune.foreign import for_file
 from fedtune.progress import ClientFinished, Event, Note, RoundFinished, RunStarted
 
 SIGN_OF_LIFE = 10.0
@@ -14,7 +15,7 @@ SIGN_OF_LIFE = 10.0
 
 
 class LineLog:
-    """Prints a run line by line. `write` takes one line without its newline."""
+    """Prints a run line by line. `write` takes one line without its newline, which may go to a screen, a file or a log."""
 
     def __init__(self, view: RunView, write: Callable[[str], None]) -> None:
         self._view, self._write = view, write
@@ -37,7 +38,7 @@ class LineLog:
 
     def _say(self, line: str) -> None:
         self._spoke = self._view.elapsed
-        self._write(line)
+        self._write(for_file(line))
 
 
 def round_line(row: RoundRow) -> str:

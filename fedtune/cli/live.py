@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from fedtune.cli.lines import headline
 from fedtune.cli.numbers import in_about, in_bytes, in_loss, in_ratio, in_time
 from fedtune.cli.rows import RoundRow
+from fedtune.cli.screen import plain
 from fedtune.cli.view import RunView
 
 FIXED_LINES = 12
@@ -31,13 +31,13 @@ class LiveRun:
         view = self._view
         parts: list[RenderableType] = []
         if view.started:
-            parts.append(Text(headline(view.started), style="bold"))
+            parts.append(plain(headline(view.started), style="bold"))
         if view.rows:
             parts.append(round_table(view.rows, max(3, height - FIXED_LINES)))
         if not view.finished:
             parts.append(self._work())
         if view.stopping:
-            parts.append(Text("stopping after the step in hand", style="yellow"))
+            parts.append(plain("stopping after the step in hand", style="yellow"))
         if view.rows:
             parts.append(self._bytes())
         return parts
@@ -48,19 +48,19 @@ class LiveRun:
         left = view.seconds_left
         clock = in_about(view.elapsed) + (f", about {in_about(left)} left" if left is not None else "")
         if not total:
-            return Text(f"{view.doing} ({clock})", style="cyan")
+            return plain(f"{view.doing} ({clock})", style="cyan")
         line = Table.grid(padding=(0, 2))
         line.add_row(
-            ProgressBar(total=total, completed=done, width=24), Text(view.doing, style="cyan"), Text(clock, style="dim")
+            ProgressBar(total=total, completed=done, width=24), plain(view.doing, style="cyan"), plain(clock, style="dim")
         )
         return line
 
     def _bytes(self) -> RenderableType:
         view = self._view
         if not view.payload:
-            return Text("")
+            return plain("")
         ratio = in_ratio(view.fedavg / view.payload)
-        return Text(f"payload so far {in_bytes(view.payload)}; FedAvg {in_bytes(view.fedavg)} ({ratio})", style="green")
+        return plain(f"payload so far {in_bytes(view.payload)}; FedAvg {in_bytes(view.fedavg)} ({ratio})", style="green")
 
 
 def round_table(rows: Sequence[RoundRow], most: int) -> Table:

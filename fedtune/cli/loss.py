@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from fedtune.cli import presets
 from fedtune.cli.presets import PresetArgument, SetOption
+from fedtune.cli.screen import Screen, print_json
 
 
 def loss(
@@ -43,7 +43,7 @@ def loss(
     found = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
     fingerprint = here.replica.fingerprint.hex()
     if as_json:
-        print(json.dumps({**asdict(found), "fingerprint": fingerprint}))
+        print_json({**asdict(found), "fingerprint": fingerprint})
         return
     for name, value in (
         ("held-out loss", repr(found.loss)),
@@ -51,4 +51,4 @@ def loss(
         ("samples, tokens", f"{found.samples:,}, {found.tokens:,}"),
         ("fingerprint", fingerprint),
     ):
-        print(f"{name:<18}{value}")
+        Screen().say(f"{name:<18}{value}")

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 an error that is explained in one sentence, 2 a command th
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,8 +13,6 @@ from typing import Annotated
 
 import click
 import typer
-from rich.console import Console
-from rich.text import Text
 
 import fedtune
 from fedtune.cli.apply import apply
@@ -31,6 +28,7 @@ from fedtune.cli.loss import loss
 from fedtune.cli.operate import drop, evaluate, pause, status, stop, unpause
 from fedtune.cli.presets import presets
 from fedtune.cli.report import report
+from fedtune.cli.screen import Screen, let_go, plain, prepare
 from fedtune.cli.settings import settings
 from fedtune.cli.simulate import simulate
 from fedtune.cli.sweep import sweep
@@ -88,11 +86,12 @@ app.add_typer(deploy_app, name="deploy")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program with `arguments` (default: those of the process) and exit with its code."""
+    prepare()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     if given == ["--version"]:
-        print(f"fedtune {fedtune.__version__}")
+        Screen().say(f"fedtune {fedtune.__version__}")
         sys.exit(0)
     sys.exit(_run(given, debug))
 
@@ -107,13 +106,12 @@ def _run(arguments: list[str], debug: bool) -> int:
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError:  # the help is printed by now
         return MISTYPED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; so has its interest
+    except BrokenPipeError:  # the reader has gone; so has its interest
+        let_go()
         return FAILED
     except (Exception, KeyboardInterrupt) as error:
         if debug:
-            traceback.print_exc()
-            print(*_tail(error), sep="\n", file=sys.stderr)
+            Screen(stderr=True).page("\n".join([traceback.format_exc().rstrip("\n"), *_tail(error)]))
         return _fail(*_explain(error))
 
 
@@ -131,7 +129,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return "Stopped at once; the round in hand is lost, those before are in the run folder.", INTERRUPTED
         case FedtuneError() | click.ClickException() if not _of_the_system(error):
             return str(error), FAILED
-    what = _sentence(f"{type(error).__name__}: {error}".rstrip(": "))
+    words = " ".join(str(error).split())  # a library's error may be a page
+    what = _sentence(f"{type(error).__name__}: {words}".rstrip(": "))
     return _of_the_system(error) or f"Unexpected {what} Run it again with --debug for the traceback.", FAILED
 
 
@@ -152,7 +151,8 @@ def _tail(error: BaseException) -> list[str]:
 
 def _fail(message: str, code: int) -> int:
     label = ("", "") if code == INTERRUPTED else ("Error: ", "bold red")
-    Console(stderr=True, highlight=False).print(Text.assemble(label, message), soft_wrap=True)
+    Screen(stderr=True).print(plain(label, message), soft_wrap=True)
+    let_go()
     return code
 
 

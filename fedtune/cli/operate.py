@@ -6,11 +6,11 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fedtune.cli.ledger_rounds import RunArgument
 from fedtune.cli.numbers import in_bytes, in_loss, in_time
 from fedtune.cli.rows import real
+from fedtune.cli.screen import Screen, print_json
 from fedtune.control import Command, Order, said, send, waiting
 from fedtune.ledger import Ledger
 from fedtune.run_folder import RunFolder
@@ -25,11 +25,11 @@ def status(run: RunArgument, as_json: JsonOption = False) -> None:
     """
     found = _status(RunFolder.open(run))
     if as_json:
-        print(json.dumps(found))
+        print_json(found)
         return
-    console = Console(highlight=False)
+    screen = Screen()
     for name, text in _lines(found):
-        console.print(f"{name:<16}{text}", markup=False, soft_wrap=True)
+        screen.say(f"{name:<16}{text}")
 
 
 def pause(run: RunArgument) -> None:
@@ -63,7 +63,7 @@ def evaluate(run: RunArgument) -> None:
 def _tell(run: str, order: Order) -> None:
     send(RunFolder.open(run), order)
     what = f"{order.command} client {order.client}" if order.client else str(order.command)
-    Console(highlight=False).print(f"The run will {what} between two rounds; `fedtune status {run}` shows it.", markup=False)
+    Screen().say(f"The run will {what} between two rounds; `fedtune status {run}` shows it.")
 
 
 def _status(folder: RunFolder) -> dict[str, Any]:

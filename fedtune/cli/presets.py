@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from fedtune.cli.screen import Screen
 from fedtune.config import RunConfig, Scalar, read_setting
 from fedtune.errors import ConfigError
 from fedtune.foreign import for_screen
@@ -90,9 +90,10 @@ def presets() -> None:
     table.add_column()
     for preset in shipped():
         table.add_row(preset.name, preset.title)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print("\nRun one with `fedtune simulate NAME`, change it with `--set key=value`, or copy the file and edit it.")
+    screen = Screen()
+    screen.print(table)
+    screen.print()
+    screen.say("Run one with `fedtune simulate NAME`, change it with `--set key=value`, or copy the file and edit it.")
 
 
 def find(preset: str) -> Path:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from fedtune.cli.screen import Screen
 from fedtune.numbers import in_bytes
 
 
@@ -34,4 +34,4 @@ def report(
     from fedtune.report.page import report as write
 
     made = write(runs, Path(out) if out else None)
-    Console(highlight=False).print(f"'{made}': {in_bytes(made.stat().st_size)}", markup=False, soft_wrap=True)
+    Screen().say(f"'{made}': {in_bytes(made.stat().st_size)}")

@@ -7,9 +7,9 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
-from rich.console import Console
 from rich.table import Table
 
+from fedtune.cli.screen import Screen, plain
 from fedtune.config import RunConfig
 from fedtune.errors import UnknownSettingError
 
@@ -34,18 +34,20 @@ def settings(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/settings.md.")] = False,
 ) -> None:
     """List every setting with its default and meaning, or explain one."""
-    console = Console(highlight=False)
+    screen = Screen()
     if markdown:
-        print(as_markdown(), end="")
+        screen.page(as_markdown())
     elif key:
         field = _field(key)
-        console.print(f"[bold]{key}[/bold] = {_default(field)}   ({_kind(field)})", soft_wrap=True)
-        console.print(field.description or "", markup=False, soft_wrap=True)
+        screen.print(plain((key, "bold"), f" = {_default(field)}   ({_kind(field)})"), soft_wrap=True)
+        screen.say(field.description or "")
     else:
         for title, keys in grouped().items():
-            console.print(f"\n[bold]{title}[/bold]")
-            console.print(_table(keys))
-        console.print("\nIn a preset: key = value. On the command line: --set key=value.")
+            screen.print()
+            screen.say(title, "bold")
+            screen.print(_table(keys))
+        screen.print()
+        screen.say("In a preset: key = value. On the command line: --set key=value.")
 
 
 def grouped() -> dict[str, list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import StrEnum
@@ -11,10 +10,10 @@ from typing import Annotated, cast
 
 import click
 import typer
-from rich.console import Console
 
 from fedtune.cli import presets
 from fedtune.cli.presets import SetOption
+from fedtune.cli.screen import Screen, print_json
 from fedtune.cli.tables import Summary, result_table
 from fedtune.cli.watch import watching
 from fedtune.config import RunConfig
@@ -109,9 +108,9 @@ def simulate(
     with tracking(track, config) if track else nullcontext():
         summary = run_watched(config, runner(engine, workers), quiet=quiet, to_stderr=as_json)
     if not (as_json and quiet):
-        Console(stderr=as_json, highlight=False).print(result_table(summary))
+        Screen(stderr=as_json).print(result_table(summary))
     if as_json:
-        print(json.dumps(summary))
+        print_json(summary)
 
 
 def _new(preset: str, settings: list[str], out: str) -> RunConfig:
@@ -132,7 +131,7 @@ def _carried_on(resume: str, settings: list[str], out: str, quiet: bool) -> RunC
     going_on = held_against(folder, before, asked)
     notes = [event.text for event in told if isinstance(event, Note)]
     for note in () if quiet else (*notes, *going_on.unused):
-        Console(stderr=True, highlight=False).print(note, markup=False, soft_wrap=True)
+        Screen(stderr=True).say(note)
     return going_on.config.replace(resume=resume)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedtune.cli import presets
 from fedtune.cli.presets import PresetArgument, SetOption
+from fedtune.cli.screen import Screen, print_json
 from fedtune.cli.sweep_table import advice_lines, as_mapping, closing_lines, csv_of, progress_line, results_table
 from fedtune.config import RunConfig
 from fedtune.experiments.grid import Axis, grid
@@ -63,23 +62,23 @@ def sweep(
     All combinations run a quarter of the rounds, the better half of them half, and the better half of these all (--rungs,
     --keep). Every run is an ordinary run folder. docs/experiments.md explains the numbers.
     """
-    console = Console(stderr=as_json, highlight=False)
+    screen = Screen(stderr=as_json)
     chosen = presets.choose(preset, settings)
     axes = [_axis(text) for text in over]
     if measure:
-        _only_measure(chosen.config, axes, directions, batches, console, as_json)
+        _only_measure(chosen.config, axes, directions, batches, screen, as_json)
         return
     _refuse_twice(axes, settings)
-    plan = _plan(chosen, axes, seeds, rungs, keep, out, console)
+    plan = _plan(chosen, axes, seeds, rungs, keep, out, screen)
     if chosen.config.algorithm in ZEROTH_ORDER and any(axis.key == "lr" for axis in axes):
-        _measured(chosen.config, directions, batches, console)
-    results = _run(plan, workers, console)
+        _measured(chosen.config, directions, batches, screen)
+    results = _run(plan, workers, screen)
     command = f"fedtune simulate {shlex.quote(preset)}" + "".join(f" --set {shlex.quote(text)}" for text in settings)
     replace_file(plan.out / "sweep.csv", csv_of(plan, results))
-    console.print(results_table(results))
-    _say(console, [*closing_lines(plan, results, command), f"Runs and sweep.csv: {plan.out}"])
+    screen.print(results_table(results))
+    _say(screen, [*closing_lines(plan, results, command), f"Runs and sweep.csv: {plan.out}"])
     if as_json:
-        print(json.dumps([as_mapping(plan, result) for result in results]))
+        print_json([as_mapping(plan, result) for result in results])
     if not any(not result.stopped for result in results):
         raise typer.Exit(1)
 
@@ -99,12 +98,12 @@ def _refuse_twice(axes: list[Axis], settings: list[str]) -> None:
             raise typer.BadParameter(f"'{axis.key}' is both in --set and in --over: leave one of them away")
 
 
-def _plan(chosen: presets.Chosen, axes: list[Axis], seeds: int, rungs: int, keep: float, out: str, console: Console) -> Plan:
+def _plan(chosen: presets.Chosen, axes: list[Axis], seeds: int, rungs: int, keep: float, out: str, screen: Screen) -> Plan:
     config = chosen.config
     combinations = tuple(grid(config, axes))
     reason = next((why for one in combinations if (why := why_no_early_stop(one.settings))), "")
     if reason and rungs > 1:
-        _say(console, [reason])
+        _say(screen, [reason])
     plan = Plan(
         combinations=combinations,
         seeds=tuple(range(config.seed, config.seed + seeds)),
@@ -114,34 +113,34 @@ def _plan(chosen: presets.Chosen, axes: list[Axis], seeds: int, rungs: int, keep
     )
     ends = ", ".join(map(str, plan.rungs))
     runs = f"{len(combinations)} combinations x {seeds} seeds" if seeds > 1 else f"{len(combinations)} combinations"
-    _say(console, [f"{runs}, compared after {ends} of {config.rounds} rounds, in {plan.out}"])
+    _say(screen, [f"{runs}, compared after {ends} of {config.rounds} rounds, in {plan.out}"])
     return plan
 
 
-def _run(plan: Plan, workers: int, console: Console) -> list[Result]:
-    return run_sweep(plan, workers=workers, told=lambda progress: _say(console, [progress_line(plan, progress)]))
+def _run(plan: Plan, workers: int, screen: Screen) -> list[Result]:
+    return run_sweep(plan, workers=workers, told=lambda progress: _say(screen, [progress_line(plan, progress)]))
 
 
-def _only_measure(config: RunConfig, axes: list[Axis], directions: int, batches: int, console: Console, as_json: bool) -> None:
+def _only_measure(config: RunConfig, axes: list[Axis], directions: int, batches: int, screen: Screen, as_json: bool) -> None:
     if axes:
         raise typer.BadParameter("--measure runs nothing, so there is nothing to sweep: leave --over or --measure away")
-    found = _measured(config, directions, batches, console)
+    found = _measured(config, directions, batches, screen)
     if as_json:
-        print(json.dumps(found))
+        print_json(found)
 
 
-def _measured(config: RunConfig, directions: int, batches: int, console: Console) -> dict[str, object]:
+def _measured(config: RunConfig, directions: int, batches: int, screen: Screen) -> dict[str, object]:
     """Measure, print the recommendation, and return it as JSON types."""
     from dataclasses import asdict
 
     from fedtune.experiments.slopes import advise
 
-    console.print(f"measuring slopes along {directions} directions on {batches} batches each", style="dim")
+    screen.say(f"measuring slopes along {directions} directions on {batches} batches each", "dim")
     advice = advise(config, directions, batches)
-    _say(console, advice_lines(advice, config))
+    _say(screen, advice_lines(advice, config))
     return {**asdict(advice), "seen": advice.rate.seen, "largest": advice.rate.largest}
 
 
-def _say(console: Console, lines: list[str]) -> None:
+def _say(screen: Screen, lines: list[str]) -> None:
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        screen.say(line)

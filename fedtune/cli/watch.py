@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
-from rich.console import Console
 from rich.live import Live
 
 from fedtune import progress
 from fedtune.cli.lines import LineLog, refusal
 from fedtune.cli.live import LiveRun
+from fedtune.cli.screen import Screen
 from fedtune.cli.view import RunView
 from fedtune.progress import ClientFinished, Event, Note
 
@@ -30,45 +30,44 @@ def watching(*, quiet: bool = False, to_stderr: bool = False) -> Iterator[RunVie
         quiet: show nothing.
         to_stderr: keep stdout free for a result that a program reads.
     """
-    console = Console(stderr=to_stderr, highlight=False)
+    screen = Screen(stderr=to_stderr)
     view = RunView()
     progress.clear_stop()
     with ExitStack() as stack:
         stack.enter_context(progress.listening(view))
         if not quiet:
-            stack.enter_context(_display(view, console))
+            stack.enter_context(_display(view, screen))
         stack.enter_context(stoppable(view))
         yield view
 
 
 @contextmanager
-def saying_notes(console: Console) -> Iterator[None]:
+def saying_notes(screen: Screen) -> Iterator[None]:
     """Print notes inside the `with` block, for a command that has nothing else to show while it works."""
 
     def say(event: Event) -> None:
         if isinstance(event, Note):
-            console.print(event.text, style="dim", markup=False, soft_wrap=True)
+            screen.say(event.text, "dim")
 
     with progress.listening(say):
         yield
 
 
 @contextmanager
-def _display(view: RunView, console: Console) -> Iterator[None]:
-    if not console.is_terminal:
-        log = LineLog(view, lambda line: console.print(line, markup=False, soft_wrap=True))
-        console.print("loading model and data", markup=False)
+def _display(view: RunView, screen: Screen) -> Iterator[None]:
+    if not screen.is_terminal:
+        log = LineLog(view, screen.say)
+        screen.say("loading model and data")
         with progress.listening(log):
             yield
         return
-    with Live(LiveRun(view), console=console, refresh_per_second=REFRESH) as live:
+    with Live(LiveRun(view), console=screen, refresh_per_second=REFRESH):
 
         def above(event: Event) -> None:
             if isinstance(event, Note):
-                style = "yellow" if event.warning else "dim"
-                live.console.print(event.text, style=style, markup=False, soft_wrap=True)
+                screen.say(event.text, "yellow" if event.warning else "dim")
             elif isinstance(event, ClientFinished) and event.problem:
-                live.console.print(refusal(event), style="yellow", markup=False, soft_wrap=True)
+                screen.say(refusal(event), "yellow")
 
         with progress.listening(above):
             yield

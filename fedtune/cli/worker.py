@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import Annotated, Any
 
 import typer
 
 from fedtune.cli.numbers import in_time
+from fedtune.cli.screen import Screen
 from fedtune.errors import WorkerError
 
 STOP_SECONDS = 30.0
@@ -50,7 +50,7 @@ def worker(
         found = [address_of.parse(address)] if address else addresses()
         (end if stop else show)(found)
         return
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    importlib.import_module("client.log").begin()
     place = address_of.parse(address) if address else address_of.own(device)
     importlib.import_module("client.service").serve(place, device, idle)
 
@@ -69,13 +69,13 @@ def show(found: list[Any]) -> None:
     there = [(address, said) for address in found if (said := greet(address)) is not None]
     for address, said in there:
         model = f"{said.model} on {said.placed}" if said.model else "none yet"
-        print(address)
-        print(f"  process   {said.pid}, fedtune {said.version}, up {in_time(said.uptime_seconds)}")
-        print(f"  device    {said.device}")
-        print(f"  model     {model} (loads: {said.loads})")
-        print(f"  requests  {said.requests} done in {in_time(said.work_seconds)}, {said.busy} in hand")
+        Screen().say(str(address))
+        Screen().say(f"  process   {said.pid}, fedtune {said.version}, up {in_time(said.uptime_seconds)}")
+        Screen().say(f"  device    {said.device}")
+        Screen().say(f"  model     {model} (loads: {said.loads})")
+        Screen().say(f"  requests  {said.requests} done in {in_time(said.work_seconds)}, {said.busy} in hand")
     if not there:
-        print("There is no worker.")
+        Screen().say("There is no worker.")
 
 
 def end(found: list[Any]) -> None:
@@ -85,4 +85,4 @@ def end(found: list[Any]) -> None:
     if not ended:
         raise WorkerError("There is no worker to stop.")
     for address in ended:
-        print(f"stopped the worker at {address}")
+        Screen().say(f"stopped the worker at {address}")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fedtune.numbers import in_bytes, in_time
 from fedtune.report.drawing import Axis, Part, Series, bars_legend, legend, line_chart, patterns, stacked_bars
 from fedtune.report.markup import Html, tag
-from fedtune.report.run import Run, phases
-from fedtune.report.sections import MOST_PHASES, heading
+from fedtune.report.run import MOST_PHASES, Run, phases
+from fedtune.report.sections import heading
 from fedtune.report.table import measured
 
 Points = list[tuple[float, float]]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import MissingPackageError, ReportError
+from fedtune.foreign import for_screen
 from fedtune.numbers import in_bytes
 from fedtune.report.curves import Measure, Point, base_loss, bytes_a_round, curve, labels, of_label, peaks
 from fedtune.report.styles import Style, style
@@ -22,6 +23,7 @@ from fedtune.report.table import Row
 FORMATS = ("png", "svg")
 LOSS = "held-out loss (nats per token)"
 CUT = 2.0  # times the base model's loss: what is above is cut off, or a run that diverged would flatten all others
+LONGEST = 120  # characters of a label or title
 LONG = 16  # characters of a label from which on the legend has two columns instead of three
 SETTINGS = {
     "svg.hashsalt": "fedtune",
@@ -138,13 +140,13 @@ def _draw_series(axes: Any, points: Sequence[Point], label: str, look: Style, *,
         if points:
             last = points[-1]
             axes.axhspan(last.low, last.high, color=look.colour, alpha=0.12, linewidth=0)
-            axes.axhline(last.y, **line, label=f"{label} (sends nothing)")
+            axes.axhline(last.y, **line, label=f"{_plain(label)} (sends nothing)")
         return
     x = [point.x for point in drawn]
     axes.fill_between(x, [p.low for p in drawn], [p.high for p in drawn], color=look.colour, alpha=0.18, linewidth=0)
     every = max(1, len(drawn) // 10)
     marks = {"marker": look.marker, "markevery": every, "markerfacecolor": "white", "markeredgecolor": look.colour}
-    axes.plot(x, [point.y for point in drawn], **line, **marks, label=label)
+    axes.plot(x, [point.y for point in drawn], **line, **marks, label=_plain(label))
 
 
 def _cut(axes: Any, base: float | None) -> None:
@@ -204,7 +206,7 @@ def _bar(axes: Any, place: float, value: float | None, look: Style, height: floa
 
 
 def _name_bars(axes: Any, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), list(reversed(names)))
+    axes.set_yticks(range(len(names)), [_plain(name) for name in reversed(names)])
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
@@ -231,8 +233,8 @@ def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
 
 
 def _plain(text: str) -> str:
-    """`text` without the dollars that matplotlib takes for mathematics."""
-    return text.replace("$", r"\$")
+    """`text` as one line, without the dollars that matplotlib takes for mathematics."""
+    return for_screen(text, LONGEST).replace("$", r"\$")
 
 
 def _byte_axis(axis: Any) -> None:

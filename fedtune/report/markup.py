@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Iterable
 
+from fedtune.foreign import for_reading
+
 _VOID = {"meta", "br", "line", "rect", "path", "circle", "use"}
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 class Html(str):
@@ -37,8 +37,9 @@ def join(parts: Iterable[Content]) -> Html:
 
 
 def escape(text: Content) -> str:
-    """`text` so that a browser shows it and does nothing else; characters that no page may have become U+FFFD."""
-    return html.escape(_CONTROL.sub("\ufffd", str(text)), quote=True)
+    """`text` so that a browser shows it and does nothing else: no markup, no control character, no mark that reverses text."""
+    text = str(text)
+    return html.escape(for_reading(text, len(text)), quote=True)
 
 
 def cut(text: str, most: int) -> str:

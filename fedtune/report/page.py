@@ -75,7 +75,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _of_one(run: Run) -> tuple[str, Html]:
-    title = f"{run.algorithm}: {run.path.resolve().name}"
+    title = cut(f"{run.algorithm}: {run.path.resolve().name}", sections.LONGEST_CELL)
     parts: list[Content] = [
         tag("h1", title),
         tag("p", _model(run), class_="quiet path"),
@@ -93,9 +93,8 @@ def _of_one(run: Run) -> tuple[str, Html]:
 
 
 def _model(run: Run) -> str:
-    return (
-        f"model {run.used.get('model', '-')}, data {run.used.get('data', '-')}, seed {run.used.get('seed', '-')}, in {run.path}"
-    )
+    model, data, seed = (cut(str(run.used.get(name, "-")), sections.LONGEST_CELL) for name in ("model", "data", "seed"))
+    return f"model {model}, data {data}, seed {seed}, in {run.path}"
 
 
 # ---------------------------------------------------------------------- several
@@ -150,7 +149,7 @@ def _from_to(before: float | None, after: float | None) -> str:
 def _settings(runs: Sequence[Run], names: Sequence[str]) -> Html:
     """The settings in which the runs differ; where they are stored is no difference."""
     keys = list(dict.fromkeys(key for run in runs for key in run.used if key not in ("out", "resume")))
-    differing = [key for key in keys if len({repr(run.used.get(key)) for run in runs}) > 1]
+    differing = [key for key in keys if len({repr(run.used.get(key)) for run in runs}) > 1][: sections.MOST_PAIRS]
     if not differing:
         return sections.heading("Configuration", tag("p", "The runs have the same settings."))
     head = [("setting", False), *((name, False) for name in names)]

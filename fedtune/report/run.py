@@ -22,6 +22,7 @@ from fedtune.run_folder import CONFIG, PARTITION, SUMMARY, VERSIONS, RunFolder
 T = TypeVar("T")
 MOST_DIGITS = 7  # of a round
 LONGEST_PHASE = 40  # characters of a name
+MOST_PHASES = 20
 BOOKKEEPING = ("evaluation",)  # events of the ledger that the curves show already
 
 
@@ -154,7 +155,8 @@ def read_run(path: Path) -> Run:
 def phases(row: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of each phase of a row, without what is not a number."""
     found = row.get("seconds")
-    pairs = {str(name)[:LONGEST_PHASE]: measured(value) for name, value in found.items()} if isinstance(found, Mapping) else {}
+    named = list(found.items())[:MOST_PHASES] if isinstance(found, Mapping) else []
+    pairs = {str(name)[:LONGEST_PHASE]: measured(value) for name, value in named}
     return {name: value for name, value in pairs.items() if value is not None}
 
 

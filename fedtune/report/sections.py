@@ -10,12 +10,13 @@ from typing import Any
 from fedtune.config import RunConfig
 from fedtune.numbers import in_bytes, in_loss, in_ratio, in_time
 from fedtune.report.markup import Content, Html, cut, join, tag
-from fedtune.report.run import Client, Run, phases
+from fedtune.report.run import MOST_PHASES, Client, Run, phases
 from fedtune.report.table import measured
 
 MOST_CLIENTS, MOST_ROUNDS, MOST_ANSWERS, MOST_EVENTS, MOST_TEXT = 200, 400, 20, 100, 1500
-MOST_PHASES, MOST_ITEMS = 20, 300  # columns of seconds, and lines of settings or versions
 LONGEST_NUMBER = 10  # characters, with its unit
+LONGEST_CELL, LONGEST_NAME = 600, 80  # characters
+MOST_PAIRS = 200  # settings or versions: more than there are, unless the folder is a stranger's
 BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison
 
 STATES = {
@@ -111,9 +112,10 @@ def table(head: Sequence[tuple[str, bool]], rows: Sequence[Sequence[Content]], *
 
 
 def _cell(content: Content, *, right: bool) -> Html:
-    """A cell; a short number stays with its unit on one line."""
-    if right and isinstance(content, str) and not isinstance(content, Html) and len(content) <= LONGEST_NUMBER:
-        content = content.replace(" ", "\u00a0")
+    """A cell; a short number stays with its unit on one line, and a long text is cut."""
+    if isinstance(content, str) and not isinstance(content, Html):
+        short = right and len(content) <= LONGEST_NUMBER
+        content = content.replace(" ", "\u00a0") if short else cut(content, LONGEST_CELL)
     return tag("td", content, class_="right" if right else None)
 
 
@@ -203,14 +205,14 @@ def _said(name: str, text: str | None) -> Html:
 def settings(run: Run) -> Html:
     """Every setting; those that are not fedtune's defaults stand out."""
     defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
-    items = [_pair(name, value, given=defaults.get(name) != value) for name, value in islice(run.used.items(), MOST_ITEMS)]
+    items = [_pair(name, value, given=defaults.get(name) != value) for name, value in islice(run.used.items(), MOST_PAIRS)]
     note = tag("p", "Bold: other than fedtune's default.", class_="quiet")
     return heading("Configuration", note, tag("dl", *items, class_="settings")) if items else Html("")
 
 
 def versions(run: Run) -> Html:
     """Libraries, and what names the run's model, data and directions."""
-    named = [_pair(name, value) for name, value in islice(run.versions.items(), MOST_ITEMS)]
+    named = [_pair(name, value) for name, value in islice(run.versions.items(), MOST_PAIRS)]
     digests = {**run.digests, "model after the last round": run.digest}
     lines = [[name, tag("span", value, class_="code")] for name, value in digests.items() if value]
     found = table([("digest of", False), ("", False)], lines) if lines else None
@@ -236,4 +238,4 @@ def _detail(detail: Mapping[str, Any]) -> str:
 def _pair(name: str, value: object, *, given: bool = False) -> Html:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     shown = tag("dd", cut(text, 400) or '""')
-    return tag("div", tag("dt", name), shown, class_="given" if given else None)
+    return tag("div", tag("dt", cut(name, LONGEST_NAME)), shown, class_="given" if given else None)

@@ -8,6 +8,7 @@ each of them writes to is its own affair: TensorBoard to RUN/tensorboard; wandb 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -16,7 +17,9 @@ from typing import Any
 
 from fedtune.config import RunConfig
 from fedtune.errors import MissingPackageError
+from fedtune.foreign import for_file, for_screen
 from fedtune.progress import Event, Note, RoundFinished, emit, listening
+from fedtune.report.run import phases
 from fedtune.report.table import measured
 
 PROJECT = "fedtune"
@@ -32,6 +35,8 @@ MEASURES = {
     "bytes_up": "bytes/up",
     "bytes_down": "bytes/down",
 }
+
+_NO_NAME = re.compile(r"[^A-Za-z0-9_.-]")  # of a phase in a ledger: a slash would make a group, others are refused by mlflow
 
 
 class Tracker(StrEnum):
@@ -81,7 +86,7 @@ class _Session:
             act()
         except Exception as error:
             self._failed = True
-            why = f"{type(error).__name__}: {error}"
+            why = for_file(f"{type(error).__name__}: {error}")
             emit(Note(f"{self.tracker} is no longer told about this run ({why}); the run goes on.", warning=True))
 
     def _tell(self, event: RoundFinished) -> None:
@@ -96,9 +101,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """What is logged of a row of metrics.jsonl: every finite number under a name of its own; bytes always."""
     pairs = {name: measured(metrics.get(key)) for key, name in MEASURES.items()}
     found = {"bytes/up": 0.0, "bytes/down": 0.0, **{name: value for name, value in pairs.items() if value is not None}}
-    phases = metrics.get("seconds")
-    spent = {str(name): measured(value) for name, value in phases.items()} if isinstance(phases, Mapping) else {}
-    each = {f"seconds/{name}": value for name, value in spent.items() if value is not None}
+    each = {f"seconds/{_NO_NAME.sub('_', name)}": value for name, value in phases(metrics).items()}
     refused = metrics.get("refused")
     count = len(refused) if isinstance(refused, Mapping) else 0
     return {**found, **each, "seconds/round": sum(each.values()), "clients/refused": float(count)}
@@ -120,7 +123,7 @@ def _tensorboard(package: Any, config: RunConfig) -> tuple[Log, Callable[[bool],
 
 
 def _wandb(package: Any, config: RunConfig) -> tuple[Log, Callable[[bool], None]]:
-    run = package.init(project=PROJECT, name=Path(config.out).name, config=config.as_mapping())
+    run = package.init(project=PROJECT, name=_title(config), config=config.as_mapping())
 
     def log(number: int, values: Mapping[str, float]) -> None:
         run.log(dict(values), step=number)
@@ -130,13 +133,17 @@ def _wandb(package: Any, config: RunConfig) -> tuple[Log, Callable[[bool], None]
 
 def _mlflow(package: Any, config: RunConfig) -> tuple[Log, Callable[[bool], None]]:
     package.set_experiment(PROJECT)
-    package.start_run(run_name=Path(config.out).name)
+    package.start_run(run_name=_title(config))
     package.log_params(config.as_mapping())
 
     def log(number: int, values: Mapping[str, float]) -> None:
         package.log_metrics(dict(values), step=number)
 
     return log, lambda whole: package.end_run(status="FINISHED" if whole else "FAILED")
+
+
+def _title(config: RunConfig) -> str:
+    return for_screen(Path(config.out).name)
 
 
 _BEGIN: dict[Tracker, Callable[[Any, RunConfig], tuple[Log, Callable[[bool], None]]]] = {
