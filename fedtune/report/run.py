@@ -20,7 +20,7 @@ from fedtune.run_folder import CONFIG, PARTITION, SUMMARY, VERSIONS, RunFolder
 
 T = TypeVar("T")
 LONGEST_PHASE = 40  # characters of a name
-BOOKKEEPING = ("evaluation",)  # events of the ledger that the curves show already
+BOOKKEEPING = ("evaluation", "keys")  # events of the ledger that the curves show already, or that are for the server alone
 
 
 @dataclass(frozen=True)
