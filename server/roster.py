@@ -96,8 +96,7 @@ class Roster:
             return
         self._check_owner(client, node, claims)
         for other in claims.replaced_by(client, node):
-            del self.clients[other]
-            if other != client:
+            if self.clients.pop(other, None) and other != client:
                 emit(Note(f"Client {other} calls itself {client} now: nobody is asked as {other} any more."))
         self.clients[client] = Client(node.id, examples)
         claims.add(client, node)

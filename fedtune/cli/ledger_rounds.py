@@ -36,7 +36,7 @@ def show(run: RunArgument, as_json: JsonLinesOption = False) -> None:
     screen.say(_headline(header))
     screen.print(_table(rounds, losses))
     for event in events:
-        if event.kind != "evaluation":
+        if event.kind not in ("evaluation", "keys"):  # the table shows the losses, and keys are for the server
             screen.say(f"after round {event.round}: {event.kind} {_detail(event.detail)}")
 
 

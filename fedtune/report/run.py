@@ -23,7 +23,7 @@ T = TypeVar("T")
 MOST_DIGITS = 7  # of a round
 LONGEST_PHASE = 40  # characters of a name
 MOST_PHASES = 20
-BOOKKEEPING = ("evaluation",)  # events of the ledger that the curves show already
+BOOKKEEPING = ("evaluation", "keys")  # events of the ledger that the curves show already, or that are for the server alone
 
 
 @dataclass(frozen=True)

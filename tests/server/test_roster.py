@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +31,12 @@ def fits(record: ConfigRecord) -> None:
         raise ModelError("it holds another base model.")
 
 
+def reply_of(question: str, record: ConfigRecord) -> Message:
+    """The answer to a question, without the rest of a message."""
+    answers, content = SimpleNamespace(reply_to_message_id=question), RecordDict({"fedtune": record})
+    return SimpleNamespace(metadata=answers, has_error=lambda: False, content=content)  # type: ignore[return-value]
+
+
 class Said:
     """A roster, and what it says. `say` is the introduction of a node; it returns the refusal, if it is one."""
 
@@ -45,13 +51,8 @@ class Said:
         return self.record(node, here, record)
 
     def record(self, node: Node, here: Mapping[int, Node], record: ConfigRecord) -> FedtuneError | None:
-        reply = SimpleNamespace(
-            metadata=SimpleNamespace(reply_to_message_id="question"),
-            has_error=lambda: False,
-            content=RecordDict({"fedtune": record}),
-        )
         with listening(self.listen):
-            problems = self.roster.accept({"question": node}, [reply], here)  # type: ignore[list-item]
+            problems = self.roster.accept({"question": node}, [reply_of("question", record)], here)
         return problems[0] if problems else None
 
     def listen(self, event: Event) -> None:
@@ -158,6 +159,16 @@ def test_a_dropped_client_stays_dropped_also_under_another_id(client: str) -> No
     assert said.say(B, all_of(B), client) is None
     assert said.nodes == {}
     assert "was dropped from the run" in said.notes[-1].text
+
+
+def test_an_id_that_a_dropped_node_gives_up_can_be_taken_in_the_same_answers() -> None:
+    """Node 1 was client x and says now that it is the dropped one; node 2 says that it is x."""
+    said = Said(dropped=("gone",))
+    assert said.say(PLAIN[1], PLAIN, "x") is None
+    both = {"q1": (PLAIN[1], "gone"), "q2": (PLAIN[2], "x")}
+    replies = [reply_of(question, ConfigRecord({"client": client, "examples": 1})) for question, (_, client) in both.items()]
+    said.roster.accept({question: node for question, (node, _) in both.items()}, replies, {2: PLAIN[2]})
+    assert said.nodes == {"x": 2}
 
 
 # ---------------------------------------------------------------------------------------------------- how many samples
