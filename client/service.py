@@ -24,7 +24,6 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from client import log
 from client import worker_pb2 as pb
 from client import worker_pb2_grpc as rpc
 from client.address import Address, locked
@@ -35,6 +34,7 @@ from client.messages import IDLE_SECONDS, LARGEST_MESSAGE, LONGEST_NAME, SERVICE
 from client.version import code_version
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, Interrupted, MalformedMessageError, WorkerVersionError
+from fedtune.logs import begin
 from fedtune.progress import ClientStep, Event, Note
 
 GRACE_SECONDS = 10.0  # for a local step to end, when the process ends
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--idle", type=float, default=IDLE_SECONDS)
     asked = parser.parse_args()
-    log.begin()
+    begin()
     try:
         serve(asked.address, asked.device, asked.idle)
     except FedtuneError as error:

@@ -33,6 +33,7 @@ from fedtune.seeds import Stream
 from fedtune.traffic import Traffic
 from fedtune.verify import verify
 from fedtune.wire import Status, Update
+from tests.hostile import TEXTS, acting
 
 SHAPES = (("a", (300, 40)), ("b", (40,)), ("c", (500, 30)))
 FRESH = RunConfig(algorithm="fedkseed-pro", K=64, local_steps=6, pool_every=2, clients_per_round=2)
@@ -137,6 +138,15 @@ def test_a_ledger_is_read_as_it_was_written(run: tuple[Ledger, Rules]) -> None:
     assert sum(update.share for update in ledger.updates(3)) == pytest.approx(1.0)
     assert [event.detail["round"] for event in ledger.events("evaluation")] == [1, 2, 3, 4, 5]
     assert [event.kind for event in ledger.events("nothing")] == []
+
+
+def test_a_strangers_text_is_kept_and_harmless_in_the_file(run: tuple[Ledger, Rules]) -> None:
+    ledger, _ = run
+    detail = {text: [text, "\ud83d half a character"] for text in TEXTS}
+    ledger.commit_event("drop", detail)
+    assert next(ledger.events("drop")).detail == detail
+    stored = next(row for row in ledger.rows("events") if row[2] == "drop")[3]
+    assert not list(acting(stored, ""))
 
 
 def test_the_snapshot_is_what_the_updates_lead_to(run: tuple[Ledger, Rules]) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fedtune.foreign import for_json, for_reading, for_screen
+from fedtune.foreign import for_reading, for_screen
+from fedtune.logs import tame
 
 LONGEST = 16_000  # characters of a line, which may hold several foreign texts
 
@@ -64,7 +65,7 @@ def quoted(text: str, style: str = "") -> Text:
 
 def print_json(value: object, *, indent: int | None = None) -> None:
     """Print `value` on stdout as JSON in ASCII: one line, or a tree with `indent`."""
-    print(for_json(json.dumps(value, indent=indent)))
+    print(json.dumps(value, indent=indent))  # which escapes all that is not ASCII, DEL too
 
 
 def prepare() -> None:
@@ -77,6 +78,7 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+    tame()
 
 
 def let_go() -> None:

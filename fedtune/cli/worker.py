@@ -10,6 +10,7 @@ import typer
 from fedtune.cli.numbers import in_time
 from fedtune.cli.screen import Screen
 from fedtune.errors import WorkerError
+from fedtune.logs import begin
 
 STOP_SECONDS = 30.0
 
@@ -50,7 +51,7 @@ def worker(
         found = [address_of.parse(address)] if address else addresses()
         (end if stop else show)(found)
         return
-    importlib.import_module("client.log").begin()
+    begin()
     place = address_of.parse(address) if address else address_of.own(device)
     importlib.import_module("client.service").serve(place, device, idle)
 

@@ -55,7 +55,7 @@ def drawn(screen_prints: object, width: int = 200) -> str:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_nothing_prints_but_the_screen(path: Path) -> None:
     found = [] if path in {SCREEN, *SCRIPTS} else list(printed_otherwise(path.read_text(encoding="utf-8")))
-    if path == ROOT / "client/log.py":
+    if path == ROOT / "fedtune/logs.py":
         found = [way for way in found if "basicConfig" not in way]  # the one that gives its handler the formatter
     assert found == []
 
@@ -83,6 +83,11 @@ def test_every_str_is_plain_text_wherever_it_stands(text: str) -> None:
     if text in MARKUP and "\x1b" not in text:
         assert drawn(text) == text + "\n"
         assert text in drawn(table)
+
+
+def test_nobody_turns_markup_on(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen().print("[/] [red]x :bomb:", markup=True, emoji=True)
+    assert capsys.readouterr().out == "[/] [red]x :bomb:\n"
 
 
 def test_quoted_text_keeps_its_lines_and_tabs() -> None:

@@ -13,7 +13,11 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import client.app
 import server.app
+from fedtune.errors import RunError
+from fedtune.progress import ClientFinished, Note, RoundFinished, emit
 from fedtune.run_folder import RunFolder
+from server.log import LOG, logging_to
+from server.rounds import Run
 from simulations.engines.local_grid import LocalGrid
 from tests.hostile import ACTING, acting
 from tests.laws.federation import config
@@ -97,3 +101,38 @@ def test_what_ends_a_run_is_told_in_one_line(tiny_folder: Path, instructions: Pa
     for path in (tmp_path / "run").iterdir():
         for text in texts(path):
             assert not list(acting(text)), path.name
+
+
+def test_the_log_of_a_run_takes_any_text(tmp_path: Path) -> None:
+    def run() -> None:
+        with logging_to(tmp_path):
+            emit(Note(HOSTILE))
+            emit(ClientFinished(1, HOSTILE, HOSTILE))
+            emit(RoundFinished(1, {ACTING: [ACTING, tmp_path, 1.5]}))
+            raise ValueError(HOSTILE)
+
+    with pytest.raises(ValueError, match="PWNED"):
+        run()
+    lines = (tmp_path / LOG).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["Note", "ClientFinished", "RoundFinished", "ValueError"]
+    assert not [line for line in lines if list(acting(line, ""))]
+    assert not any(list(acting(json.loads(line).get("text", ""))) for line in lines)
+
+
+def test_the_error_of_a_run_is_one_harmless_line(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Run) -> None:
+        raise RunError(HOSTILE)
+
+    monkeypatch.setattr(Run, "execute", fail)
+    settings = config("fedkseed", tiny_folder, instructions, tmp_path / "run", rounds=1)
+    grid = LocalGrid(client.app.app, settings.clients, settings.as_mapping(), seed=0)
+    with pytest.raises(RunError):
+        server.app.app(grid, grid.server_context())
+    folder = RunFolder.open(settings.out)
+    for name, key in (("error.json", "message"), ("status.json", "error")):
+        said = folder.read_json(name)[key]
+        assert "PWNED" in said
+        assert not list(acting(said, ""))
+        assert len(said) < 5000

@@ -1,4 +1,4 @@
-"""The worker's log: a message is one line without secrets, and a traceback has no line that looks like a message."""
+"""The log of processes: a message is one line without secrets, and a traceback has no line that looks like a message."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import logging
 
 import pytest
 
-from client.log import OneLine
 from client.messages import error_of, problem_of
 from fedtune.errors import DataError
-from tests.hostile import TEXTS, acting
+from fedtune.logs import FORMAT, OneLine, tame
+from tests.hostile import ACTING, TEXTS, acting
 
 
 def logged(text: str) -> list[str]:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(OneLine())
-    log = logging.Logger("worker")
+    handler.setFormatter(OneLine(FORMAT))
+    log = logging.Logger("fedtune.test")
     log.addHandler(handler)
     log.info("%s: done", text)
     try:
@@ -44,3 +44,14 @@ def test_a_problem_leaves_the_node_without_its_secrets(monkeypatch: pytest.Monke
     assert type(error) is DataError
     assert str(error).startswith("cannot read with ***\\n")
     assert len(str(error)) < 5000
+
+
+def test_a_process_without_a_log_warns_in_harmless_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "lastResort", logging._StderrHandler(logging.WARNING))  # type: ignore[attr-defined]
+    tame()
+    logging.Logger("fedtune.test").warning("%s", ACTING)
+    printed = capsys.readouterr().err
+    assert "PWNED" in printed
+    assert not list(acting(printed))

@@ -1,7 +1,7 @@
-"""The log of a worker's process: a line a message, whatever stands in it.
+"""Python's log as text: a line a message, whatever stands in it.
 
-Settings, names and errors in it come from servers and from other processes of the node. A message stays one line without
-secrets; the lines of a traceback are indented, so that none of them looks like a message.
+Settings, names and errors in it come from servers, files and libraries. A message stays one line without secrets; the lines
+of a traceback are indented, so that none of them looks like a message.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ _Raised = tuple[type[BaseException], BaseException, TracebackType | None] | tupl
 
 
 class OneLine(logging.Formatter):
-    """FORMAT, with `fedtune.foreign` on what it is filled with."""
-
-    def __init__(self) -> None:
-        super().__init__(FORMAT)
+    """A format of logging, with `fedtune.foreign` on what it is filled with."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         """The line of a message."""
@@ -38,7 +35,13 @@ class OneLine(logging.Formatter):
 
 
 def begin() -> None:
-    """Log to stderr, which is a file where the worker runs in the background."""
+    """Log to stderr, which is a file where a worker runs in the background."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine())
+    handler.setFormatter(OneLine(FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def tame() -> None:
+    """In a process that logs nothing by itself, have warnings and errors on stderr in this form too."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(OneLine())
