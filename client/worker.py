@@ -10,18 +10,19 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from client.files import source_digest
 from client.identity import Identity, Introduction
+from client.pools import MOST_OF_A_MODEL, DecodedPools, leading
 from fedtune import wire
-from fedtune.algorithms.base import pool_number
+from fedtune.algorithms.base import most_pools
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.data.encode import Encoded
 from fedtune.data.federated import load_local
 from fedtune.directions import Pool
-from fedtune.errors import ConfigError, MismatchError, StaleReplicaError, WireError
+from fedtune.errors import ConfigError, MalformedMessageError, MismatchError, StaleReplicaError, WireError
 from fedtune.resident import Resident, resident
 from fedtune.selftest import encode, self_test
 
@@ -65,9 +66,9 @@ class Worker:
         here, config = self._resident, self.config
         replica, algorithm = here.replica, here.algorithm
         blocks, bits = replica.layout.blocks, config.coefficient_bits
-        most_pools = pool_number(config, config.rounds) + 1
         kept = _Kept(held, self._pool, blocks, bits)
-        instruction = wire.decode_instruction(message, self._pool, most_pools, blocks, bits, kept.pool)
+        most = partial(most_pools, config)
+        instruction = wire.decode_instruction(message, self._pool, most, blocks, bits, kept.pool)
         if instruction.fingerprint != replica.fingerprint or instruction.layout != replica.layout.digest:
             raise MismatchError(
                 "The server trains another base model: client and server need the same files, dtype and algorithm."
@@ -83,7 +84,7 @@ class Worker:
         work = here.work(identity.client, self._samples(identity), instruction.round, instruction.pools[-1].pool)
         update = algorithm.local_update(replace(work, deadline=deadline), config, instruction)
         differs = [pool for pool in instruction.pools if not pool.pool.disjoint]  # the others are never built upon
-        keep = [*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in differs)]
+        keep = leading([*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in differs)])
         chosen = bool(instruction.counts.size)  # by the server, which knows them
         return wire.encode_update(update, config.scalar_bits, with_counts=not chosen), keep
 
@@ -118,13 +119,28 @@ class _Kept:
         if number >= len(self._held):
             return None
         try:
-            return _stored_pool(self._held[number], self._pool_at(number), self._blocks, self._bits)
+            return _decoded.of(self._held[number], self._pool_at(number), self._blocks, self._bits, wire.decode_pool)
         except WireError:
             return None
 
     def first(self, count: int) -> list[PoolCoefficients]:
-        """The first `count` pools. Raises StaleReplicaError if they are not all there."""
-        found = [pool for pool in map(self.pool, range(count)) if pool is not None]
+        """The first `count` pools.
+
+        Raises:
+            StaleReplicaError: they are not all there.
+            MalformedMessageError: they take more than MOST_OF_A_MODEL.
+        """
+        found, total = list[PoolCoefficients](), 0
+        for pool in map(self.pool, range(min(count, len(self._held)))):
+            if pool is None:
+                break
+            found.append(pool)
+            total += pool.nbytes
+            if total > MOST_OF_A_MODEL:
+                raise MalformedMessageError(
+                    f"The first {len(found)} pools of the message take more than {MOST_OF_A_MODEL:,} bytes: raise pool_every.",
+                    bytes=total,
+                )
         if len(found) < count:
             raise StaleReplicaError(f"The message builds upon {count} pools; this client holds {len(found)} of them.")
         return found
@@ -135,9 +151,7 @@ def _own_file(config: RunConfig, path: str, digest: bytes) -> tuple[Encoded, ...
     return load_local(config, resident(config).language_model.tokenizer, path)
 
 
-@lru_cache(maxsize=512)
-def _stored_pool(data: bytes, pool: Pool, blocks: int, bits: int) -> PoolCoefficients:
-    return wire.decode_pool(data, pool, blocks, bits)
+_decoded = DecodedPools()
 
 
 def forget() -> None:

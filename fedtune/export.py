@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS
-from fedtune.algorithms.base import pool_number
+from fedtune.algorithms.base import most_pools
 from fedtune.architecture import layout_of_architecture
 from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig
@@ -141,9 +142,9 @@ def _coefficients(run: RunFolder, name: str, config: RunConfig, layout: Layout) 
     def pool_at(number: int) -> Pool:
         return algorithm.pool(config, layout, number)
 
-    most = pool_number(config, config.rounds) + 1
+    most, bits = partial(most_pools, config), config.coefficient_bits
     try:
-        return wire.decode_instruction(run.read_bytes(name), pool_at, most, layout.blocks, config.coefficient_bits)
+        return wire.decode_instruction(run.read_bytes(name), pool_at, most, layout.blocks, bits)
     except MalformedMessageError as error:
         raise RunFolderError(f"'{run.path / name}' is damaged ({error}) Restore it from a copy.", name=name) from None
 
