@@ -22,6 +22,7 @@ from typing import Any
 
 from fedtune.errors import ControlError, LockedLedgerError
 from fedtune.ledger_file import LEDGER, lock
+from fedtune.private import FOLDER
 from fedtune.run_folder import RunFolder
 
 CONTROL, STATUS = "control", "status.json"
@@ -84,7 +85,7 @@ def send(folder: RunFolder, order: Order) -> None:
             f"`fedtune simulate --resume {folder.path}` would carry it on."
         )
     target = folder.path / CONTROL
-    target.mkdir(exist_ok=True)
+    target.mkdir(FOLDER, exist_ok=True)
     name = f"{time.time_ns():020d}-{os.getpid()}.json"
     text = json.dumps({"command": order.command.value, "client": order.client})
     RunFolder(target).write_bytes(name, text.encode())

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from fedtune import wire
+from fedtune import shortage, wire
 from fedtune.algorithms import ALGORITHMS
 from fedtune.algorithms.base import most_pools
 from fedtune.architecture import layout_of_architecture
@@ -23,6 +23,7 @@ from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, ModelError, RunFolderError
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, resolve_model
+from fedtune.private import ordinary_mode
 from fedtune.resident import Resident
 from fedtune.run_folder import COEFFICIENTS, RunFolder, check_new
 from fedtune.wire import Instruction
@@ -181,6 +182,9 @@ def _save(lm: LanguageModel, folder: Path) -> None:
     model.config.use_cache = True  # switched off for training
     model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
+    mode = ordinary_mode(folder)
+    for path in filter(Path.is_file, folder.rglob("*")):
+        path.chmod(mode)  # safetensors keeps its files to their owner, unlike everything beside them
 
 
 def _another_base(config: RunConfig, expected: bytes, got: bytes) -> ModelError:
@@ -192,6 +196,5 @@ def _another_base(config: RunConfig, expected: bytes, got: bytes) -> ModelError:
 
 
 def _not_written(out: Path, error: OSError) -> RunFolderError:
-    return RunFolderError(
-        f"'{out}' could not be written: {error.strerror or error}. Free some space or give another place with --out."
-    )
+    reason = shortage.disk(error) or error.strerror or error
+    return RunFolderError(f"'{out}' could not be written: {reason}. Free some space or give another place with --out.")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedtune import shortage
 from fedtune.errors import DamagedLedgerError, ForeignLedgerError, FullLedgerError, LedgerError, LockedLedgerError
 from fedtune.only_one import OnlyOne
+from fedtune.private import opener
 
 LEDGER, LOCK = "ledger.sqlite", "ledger.lock"
 APPLICATION, FORMAT = 0x46544C47, 2  # "FTLG"
@@ -60,6 +61,7 @@ def connect(path: Path, writing: bool) -> sqlite3.Connection:
 
 def begin(path: Path) -> sqlite3.Connection:
     """A new file with empty tables."""
+    open(path, "xb", opener=opener).close()  # the files beside it take their mode from it
     connection = sqlite3.connect(path, isolation_level=None)
     for statement in (
         f"PRAGMA page_size = {PAGE}",  # before anything is written
@@ -87,11 +89,10 @@ def check_kind(path: Path, connection: sqlite3.Connection) -> None:
         raise DamagedLedgerError(f"'{path}' does not have the tables of format {FORMAT}: restore it.", row="the tables")
 
 
+_NO_ROOM = "{}. Free some space and resume the run; every committed round is kept"
+
 _CODES: dict[int, tuple[type[LedgerError], str]] = {
-    sqlite3.SQLITE_FULL: (
-        FullLedgerError,
-        "the disk is full. Free some space and resume the run; every committed round is kept",
-    ),
+    sqlite3.SQLITE_FULL: (FullLedgerError, _NO_ROOM.format(shortage.FULL)),
     sqlite3.SQLITE_BUSY: (LockedLedgerError, "another process holds it. Close what has it open, and resume the run"),
     sqlite3.SQLITE_LOCKED: (LockedLedgerError, "another process holds it. Close what has it open, and resume the run"),
     sqlite3.SQLITE_CORRUPT: (DamagedLedgerError, "the file is damaged. Restore it from a copy"),
@@ -110,12 +111,16 @@ def explained(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", None)
         kind, text = _CODES.get((code or 0) & 0xFF, (LedgerError, f"{error}. Check the disk and the permissions"))
+        if (code or 0) & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and (short := shortage.disk_at(path)):
+            kind, text = FullLedgerError, _NO_ROOM.format(short)
         if "decode to UTF-8" in str(error):
             kind, text = DamagedLedgerError, "a text in it is damaged. Restore it from a copy"
         raise kind(f"'{path}' cannot be used: {text}.", path=str(path), code=code) from error
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind, text = _CODES[sqlite3.SQLITE_FULL] if full else (LedgerError, f"{error.strerror}. Check the permissions")
+        short = shortage.disk(error)
+        kind, text = (
+            (FullLedgerError, _NO_ROOM.format(short)) if short else (LedgerError, f"{error.strerror}. Check permissions")
+        )
         raise kind(f"'{path}' cannot be used: {text}.", path=str(path)) from error
 
 

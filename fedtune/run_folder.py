@@ -9,13 +9,13 @@
     error.json         why a run failed
     ledger.sqlite      the truth about the run (fedtune/ledger.py); a resume makes the files above from it again
 
-Whole files appear atomically (temporary file, fsync, rename). metrics.jsonl grows by one flushed line at a time; a last
-line that a crash tore is ignored when read and cut off by the next append.
+The folder is of mode 700 and its files of 600, since they hold the ledger and held-out rows; a folder that somebody opened to
+others stays open. Whole files appear atomically (temporary file, fsync, rename). metrics.jsonl grows by one flushed line at a
+time; a last line that a crash tore is ignored when read and cut off by the next append.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -29,8 +29,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+from fedtune import shortage
 from fedtune.config import RunConfig
 from fedtune.errors import RunFolderError
+from fedtune.private import make_folder, opener
 
 CONFIG = "config.json"
 VERSIONS = "versions.json"
@@ -59,10 +61,10 @@ class RunFolder:
         folder = Path(path)
         check_new(folder)
         with _explained(folder, "made"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent, exist_ok=True)
             new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
             shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
+            make_folder(new)
             try:
                 run = cls(new)
                 run.write_json(VERSIONS, versions())
@@ -104,7 +106,7 @@ class RunFolder:
         line = _encode(METRICS, row, null_for_nan=True, indent=None)
         with _explained(target, "written"):
             _cut_torn_line(target)
-            with target.open("ab") as file:
+            with open(target, "ab", opener=opener) as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -189,13 +191,16 @@ class RunFolder:
 def replace_file(target: Path, data: bytes) -> None:
     """Write `data` at `target`, atomically: a reader sees the old file or the new one, also after a power cut.
 
+    In a folder of its owner alone the file is so too (`fedtune.private`).
+
     Raises:
         RunFolderError: the disk refuses; says what to do.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with _explained(target, "written"):
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "xb", opener=opener) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -237,8 +242,8 @@ def _explained(target: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f"'{target}' could not be {verb}: the disk is full. Free some space or give a folder elsewhere with --out."
+        if short := shortage.disk(error):
+            text = f"'{target}' could not be {verb}: {short}. Free some space or give a folder elsewhere with --out."
         else:
             reason = error.strerror or type(error).__name__
             text = f"'{target}' could not be {verb}: {reason}. Check its permissions, or give another folder with --out."

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 import fedtune
+from fedtune import shortage
 from fedtune.cli.apply import apply
 from fedtune.cli.compare import compare
 from fedtune.cli.data import data_app
@@ -132,7 +133,14 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return str(error), FAILED
         case _:
             what = _sentence(f"{type(error).__name__}: {error}".rstrip(": "))
-            return f"Unexpected {what} Run it again with --debug for the traceback.", FAILED
+            return (_NO_MEMORY if shortage.memory(error) else _UNEXPECTED).format(what), FAILED
+
+
+_UNEXPECTED = "Unexpected {} Run it again with --debug for the traceback."
+_NO_MEMORY = (
+    "Memory is short: {} Raise the limit (ulimit -v, the container's), or take fewer workers, a smaller batch_size, "
+    "dtype = bfloat16 or a smaller model."
+)
 
 
 def _tail(error: BaseException) -> list[str]:

@@ -26,6 +26,7 @@ from typing import Any
 
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, Interrupted, RunFolderError
+from fedtune.private import make_folder, opener
 from fedtune.resume import stored_settings
 from fedtune.run_folder import SUMMARY, RunFolder, replace_file
 
@@ -186,7 +187,7 @@ def _child(arguments: list[str], log: str, place: dict[str, str]) -> None:
     os.setsid()
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     os.environ.update(place)
-    with open(log, "w", encoding="utf-8", buffering=1) as file:
+    with open(log, "w", encoding="utf-8", buffering=1, opener=opener) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
         from fedtune.cli.main import main
@@ -218,7 +219,7 @@ def _written(cell: Cell, folder: Path) -> Path:
     """The settings of the cell as a preset beside its folder."""
     path = folder.with_name(f"{folder.name}.toml")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"'{path.parent}' could not be made: {error.strerror}. Give another folder.") from error
     replace_file(path, as_toml(cell.settings, cell.name).encode())
