@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedtune.config import expand, split_source
 from fedtune.errors import ConfigError
+from fedtune.regular import open_regular
 
 
 def source_digest(source: str) -> bytes:
@@ -18,7 +19,7 @@ def source_digest(source: str) -> bytes:
         place = Path(expand(path))
         if place.is_dir():
             return folder_stamp(place)
-        with place.open("rb") as file:
+        with open_regular(place) as file:
             return hashlib.file_digest(file, "sha256").digest()
     except (OSError, ConfigError):
         return b""  # whoever reads the data says what is wrong with it

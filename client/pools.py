@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from fedtune.coefficients import PoolCoefficients
-from fedtune.directions.base import Pool
+if TYPE_CHECKING:
+    from fedtune.coefficients import PoolCoefficients
+    from fedtune.directions.base import Pool
 
 MOST_CLIENTS = 256
 MOST_BYTES = 256 << 20

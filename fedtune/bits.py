@@ -124,7 +124,8 @@ def narrowest(bits: int) -> type[np.signedinteger[Any]]:
 
 def _flipped(values: npt.NDArray[Any], bits: int) -> npt.NDArray[Any]:
     """With the highest bit changed, which adds or takes 2^(bits-1)."""
-    return values ^ np.dtype(WHOLE_BYTES[bits]).type(1 << (bits - 1))
+    flipped: npt.NDArray[Any] = values ^ np.dtype(WHOLE_BYTES[bits]).type(1 << (bits - 1))
+    return flipped
 
 
 # ---------------------------------------------------------------------------------------------------- scalars

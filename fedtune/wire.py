@@ -36,7 +36,7 @@ from fedtune.bits import UNIT_BITS, Reader, pack_blocks, pack_scalars, packed_le
 from fedtune.coefficients import PoolCoefficients
 from fedtune.directions.base import F32, Pool
 from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError
-from fedtune.packing import take_pool
+from fedtune.packing import Known, take_pool
 
 I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
@@ -194,7 +194,8 @@ def decode_instruction(
         raise MismatchError(
             f"The message speaks of {held + sent} pools; in round {round} it has at most {most}, and one at least."
         )
-    known = chain([partial(known_at, held)], repeat(lambda: None))  # the first pool alone may be a difference
+    first: Known = partial(known_at, held)
+    known = chain([first], repeat(_nothing))  # the first pool alone may be a difference
     decoded = tuple(take_pool(reader, pool_at(number), blocks, bits, next(known)) for number in range(held, held + sent))
     size = decoded[-1].pool.size
     extra = reader.take(1)[0]
@@ -208,6 +209,10 @@ def decode_instruction(
     if (counts > size).any():
         raise MalformedMessageError(f"A block has {int(counts.max())} coordinates; the pool has {size} seeds.")
     return Instruction(round, fingerprint, layout, digest, held, decoded, weights, counts)
+
+
+def _nothing() -> None:
+    """What the reader has of a pool that is not the first."""
 
 
 def _take_u16(reader: Reader, count: int) -> U16:
