@@ -174,6 +174,14 @@ def test_one_address_has_a_limited_number_of_requests_and_the_others_theirs(writ
         assert proxy.ask(source=NODE) == 401
 
 
+def test_bodies_of_64_mb_pass_and_no_larger_ones(written: Path) -> None:
+    """The limit is on what a request announces; the 401 is of the SuperLink."""
+    with proxied(written, refuse) as proxy:
+        for length, status in ((64 << 20, b"401"), ((64 << 20) + 1, b"413")):
+            with proxy.half(b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % length) as one:
+                assert one.recv(64).startswith(b"HTTP/1.1 " + status)
+
+
 def test_check_names_a_proxy_of_an_earlier_fedtune(written: Path) -> None:
     server = written / "server"
     text = (server / "nginx.conf").read_text()
