@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.errors import ConfigError, WorkerAccessError, WorkerError
+from fedtune.private import make_folder
 
 LONGEST_SOCKET = 100  # characters; the kernels' limits are 107 (Linux) and 103 (macOS)
 _POLL_SECONDS = 0.02
@@ -147,7 +148,7 @@ def runtime_folder() -> Path:
 
 def private_folder(folder: Path) -> None:
     """Make `folder` for its owner alone, or check that it is so. Raises WorkerAccessError if it is not."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(folder, exist_ok=True)
     check_private(folder, "folder")
 
 

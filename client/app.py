@@ -10,21 +10,18 @@ can name it; anything else is a crash of the ClientApp and reaches the server as
 from __future__ import annotations
 
 import math
-import sys
 import time
-from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.identity import Identity, Trainer
+from client.settings import on_a_node, settings_of
 from fedtune.config import RunConfig, Scalar
 from fedtune.errors import ConfigError, FedtuneError, Interrupted
 from fedtune.foreign import client_id, for_file
 
 RECORD = "fedtune"  # name of the one ConfigRecord in every message, and of the client's state in Flower's context
-
-ONE_MESSAGE = "flwr-clientapp"  # Flower's program for one message on a SuperNode; no simulation runs under this name
 
 app = ClientApp()
 
@@ -85,8 +82,8 @@ def trainer(message: Message, context: Context) -> Trainer:
     message, and "off" in any other, so that no simulation starts a worker. `worker-idle` are the seconds without work after
     which a worker that is started here ends.
     """
-    node, config = context.node_config, _config(context)
-    choice = str(node.get("worker", "auto" if Path(sys.argv[0]).stem == ONE_MESSAGE else "off"))
+    node, config = context.node_config, settings_of(context.run_config, context.node_config)
+    choice = str(node.get("worker", "auto" if on_a_node() else "off"))
     if choice == "off":
         from client.worker import worker
 
@@ -125,15 +122,6 @@ def _idle(value: object) -> float:
     return float(value)
 
 
-def _config(context: Context) -> RunConfig:
-    settings = dict(context.run_config)
-    if "model" in context.node_config:
-        settings["model"] = context.node_config["model"]
-    if "device" in context.node_config:
-        settings["device"] = context.node_config["device"]
-    return RunConfig.from_mapping(settings)
-
-
 def _payload(message: Message) -> bytes:
     payload = message.content.config_records[RECORD]["payload"]
     if not isinstance(payload, bytes):
@@ -152,5 +140,5 @@ def _list_of_bytes(value: object) -> list[bytes]:
 
 
 def _problem(message: Message, error: FedtuneError) -> Message:
-    record = ConfigRecord({"problem": type(error).__name__, "text": for_file(str(error))})
+    record = ConfigRecord({"problem": type(error).__name__, "text": for_file(str(error))})  # without this machine's secrets
     return Message(RecordDict({RECORD: record}), reply_to=message)

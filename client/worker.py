@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from client.identity import Identity, Introduction
+from client.pools import MOST_OF_A_MODEL, DecodedPools, leading
 from fedtune import wire
-from fedtune.algorithms.base import pool_number
+from fedtune.algorithms.base import most_pools
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.data.encode import Encoded
 from fedtune.directions import Pool
-from fedtune.errors import ConfigError, MismatchError, StaleReplicaError, WireError
+from fedtune.errors import ConfigError, MalformedMessageError, MismatchError, StaleReplicaError, WireError
 from fedtune.resident import Resident, resident
 from fedtune.selftest import encode, self_test
-
-DECODED_BYTES = 64 << 20  # of pools that clients kept, decoded
 
 
 class Worker:
@@ -63,13 +62,13 @@ class Worker:
         here, config = resident(self.config), self.config
         replica, algorithm = here.replica, here.algorithm
         blocks, bits = replica.layout.blocks, config.coefficient_bits
-        most_pools = pool_number(config, config.rounds) + 1
+        most = partial(most_pools, config)
 
         def pool_at(number: int) -> Pool:
             return algorithm.pool(config, replica.layout, number)
 
         kept = _Kept(held, pool_at, blocks, bits)
-        instruction = wire.decode_instruction(message, pool_at, most_pools, blocks, bits, kept.pool)
+        instruction = wire.decode_instruction(message, pool_at, most, blocks, bits, kept.pool)
         if instruction.fingerprint != replica.fingerprint or instruction.layout != replica.layout.digest:
             raise MismatchError(
                 "The server trains another base model: client and server need the same files, dtype and algorithm."
@@ -84,7 +83,7 @@ class Worker:
         work = here.work(config, identity.client, self._samples(here, identity), instruction.round, everything)
         update = algorithm.local_update(replace(work, deadline=deadline), config, instruction)
         differs = [pool for pool in instruction.pools if not pool.pool.disjoint]  # the others are never built upon
-        keep = [*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in differs)]
+        keep = leading([*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in differs)])
         chosen = bool(instruction.counts.size)  # by the server, which knows them
         sent = wire.encode_update(update, config.scalar_bits, client=identity.client, with_counts=not chosen)
         return sent, keep
@@ -116,47 +115,34 @@ class _Kept:
         if number >= len(self._held):
             return None
         try:
-            return _decoded.pool(self._held[number], self._pool_at(number), self._blocks, self._bits)
+            return _decoded.of(self._held[number], self._pool_at(number), self._blocks, self._bits, wire.decode_pool)
         except WireError:
             return None
 
     def first(self, count: int) -> list[PoolCoefficients]:
-        """The first `count` pools. Raises StaleReplicaError if they are not all there."""
-        found = [pool for pool in map(self.pool, range(count)) if pool is not None]
+        """The first `count` pools.
+
+        Raises:
+            StaleReplicaError: they are not all there.
+            MalformedMessageError: they take more than MOST_OF_A_MODEL.
+        """
+        found, total = list[PoolCoefficients](), 0
+        for pool in map(self.pool, range(min(count, len(self._held)))):
+            if pool is None:
+                break
+            found.append(pool)
+            total += pool.nbytes
+            if total > MOST_OF_A_MODEL:
+                raise MalformedMessageError(
+                    f"The first {len(found)} pools of the message take more than {MOST_OF_A_MODEL:,} bytes: raise pool_every.",
+                    bytes=total,
+                )
         if len(found) < count:
             raise StaleReplicaError(f"The message builds upon {count} pools; this client holds {len(found)} of them.")
         return found
 
 
-class _Decoded:
-    """Pools that were decoded from bytes, so that each is decoded once; those that were used longest ago make room.
-
-    What is found depends on the key and on nothing else.
-    """
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes, self._bytes = most_bytes, 0
-        self._pools: OrderedDict[tuple[bytes, Pool, int, int], PoolCoefficients] = OrderedDict()
-
-    def pool(self, data: bytes, pool: Pool, blocks: int, bits: int) -> PoolCoefficients:
-        """As `wire.decode_pool`."""
-        key = data, pool, blocks, bits
-        if key not in self._pools:
-            self._pools[key] = wire.decode_pool(data, pool, blocks, bits)
-            self._bytes += _size(data, self._pools[key])
-        self._pools.move_to_end(key)
-        found = self._pools[key]
-        while self._bytes > self._most_bytes and self._pools:
-            (encoded, *_), dropped = self._pools.popitem(last=False)
-            self._bytes -= _size(encoded, dropped)
-        return found
-
-
-def _size(data: bytes, decoded: PoolCoefficients) -> int:
-    return len(data) + decoded.q.nbytes + decoded.exponents.nbytes
-
-
-_decoded = _Decoded(DECODED_BYTES)
+_decoded = DecodedPools()
 
 
 def worker(config: RunConfig) -> Worker:

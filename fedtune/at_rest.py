@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fedtune.errors import ModelError
+from fedtune.private import make_folder
 
 IN_MEMORY = 1 << 26
 """Bytes up to which tensors without a place in the model folder stay in memory: 64 MiB, as in `perturb`."""
@@ -205,7 +206,7 @@ def _private_file(size: int) -> BinaryIO:
     """A file of `size` bytes without a name, all of them allocated, so that writing to its mapping cannot fail later."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, exist_ok=True)
         file: BinaryIO = tempfile.TemporaryFile(dir=folder, prefix="weights-")  # noqa: SIM115 - open as long as its mapping
     except OSError as error:
         raise _no_room(error, folder, size) from None

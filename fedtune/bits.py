@@ -6,7 +6,7 @@
     blocks          32, 16: as scalars. 8, 4: a unit for each block, and whole numbers of so many bits in that unit
 
 A scalar is rounded on its own, before it is used, so a client's path is what its message says. The coordinates of a block
-are measured together, and share a unit. Nothing here allocates more than the message that it reads is long.
+are measured together, and share a unit. What is read takes a small multiple of the bytes that it is read from.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from fedtune.directions.base import F32
 from fedtune.errors import MalformedMessageError
 
 I64 = npt.NDArray[np.int64]
+Whole = npt.NDArray[np.signedinteger[Any]]
+Buffer = bytes | memoryview
 LARGEST_8 = 57344.0
 """The largest scalar of 8 bits; what is larger is sent as this."""
 UNIT_BITS = 16
+AT_ONCE = 1 << 14  # numbers, a multiple of 8, whose bits are spread at a time
 WHOLE_BYTES = {8: "<u1", 16: "<u2", 32: "<u4"}  # widths whose bit planes are numbers of numpy
 
 
@@ -36,7 +39,7 @@ class Reader:
     """Takes bytes from the front of a message and refuses to run past its end."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+        self._data, self._at, self._spent = data, 0, 0
 
     def take(self, length: int) -> bytes:
         """The next `length` bytes. Raises MalformedMessageError."""
@@ -53,6 +56,15 @@ class Reader:
         """The next fields."""
         return layout.unpack(self.take(layout.size))
 
+    def spend(self, size: int, most: int) -> None:
+        """Count `size` bytes of memory that the message takes besides its own; raises MalformedMessageError above `most`."""
+        self._spent += size
+        if self._spent > most:
+            raise MalformedMessageError(
+                f"The message would take {self._spent:,} bytes of memory when it is read; {most:,} are the most.",
+                bytes=self._spent,
+            )
+
     def finish(self) -> None:
         """Raises MalformedMessageError if anything is left."""
         if self._at != len(self._data):
@@ -62,31 +74,58 @@ class Reader:
 # ---------------------------------------------------------------------------------------------------- whole numbers
 
 
-def pack_integers(q: npt.NDArray[np.int32], bits: int) -> bytes:
-    """int32 [n], each in -2^(bits-1)+1 .. 2^(bits-1)-1, to ceil(n * bits / 8) bytes, lowest bit first."""
-    shifted = (q.astype(np.int64) + (1 << (bits - 1))).astype(np.uint32)
+def pack_integers(q: Whole, bits: int) -> bytes:
+    """Whole numbers [n], each in -2^(bits-1)+1 .. 2^(bits-1)-1, to ceil(n * bits / 8) bytes, lowest bit first."""
     if bits in WHOLE_BYTES:
-        return shifted.astype(WHOLE_BYTES[bits]).tobytes()
+        return _flipped(q.astype(WHOLE_BYTES[bits]), bits).tobytes()
+    return b"".join(_planes(q[start : start + AT_ONCE], bits) for start in range(0, len(q), AT_ONCE))
+
+
+def _planes(q: Whole, bits: int) -> bytes:
+    shifted = (q.astype(np.int64) + (1 << (bits - 1))).astype(np.uint32)
     planes = ((shifted[:, None] >> np.arange(bits, dtype=np.uint32)) & 1).astype(np.uint8)
     return np.packbits(planes.reshape(-1), bitorder="little").tobytes()
 
 
-def unpack_integers(data: bytes, count: int, bits: int) -> npt.NDArray[np.int32]:
-    """The inverse of `pack_integers`. Raises MalformedMessageError for a value or padding that it never writes."""
+def unpack_integers(data: Buffer, count: int, bits: int) -> Whole:
+    """The inverse of `pack_integers`, of the narrowest type. Raises MalformedMessageError for what it never writes.
+
+    Besides what is returned it takes a few hundred kilobytes, however long `data` is.
+    """
     if bits in WHOLE_BYTES:
-        return _centred(np.frombuffer(data, dtype=WHOLE_BYTES[bits])[:count].astype(np.int64), bits)
-    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
-    if flat[count * bits :].any():
+        raw = np.frombuffer(data, dtype=WHOLE_BYTES[bits])[:count]
+        if not raw.all():
+            raise MalformedMessageError("A coefficient is outside its grid.")
+        return _flipped(raw, bits).view(narrowest(bits))
+    packed, found = np.frombuffer(data, dtype=np.uint8), np.empty(count, dtype=narrowest(bits))
+    for start in range(0, count, AT_ONCE):
+        part = found[start : start + AT_ONCE]
+        _fill(part, packed[start * bits // 8 : packed_length(start + len(part), bits)], bits)
+    return found
+
+
+def _fill(part: Whole, packed: npt.NDArray[np.uint8], bits: int) -> None:
+    flat = np.unpackbits(packed, bitorder="little")
+    if flat[len(part) * bits :].any():
         raise MalformedMessageError("Padding bits are set.")
-    planes = flat[: count * bits].reshape(count, bits).astype(np.int64)
-    return _centred((planes << np.arange(bits)).sum(axis=1), bits)
-
-
-def _centred(values: I64, bits: int) -> npt.NDArray[np.int32]:
-    """The whole numbers that were shifted to be positive."""
-    if values.size and int(values.min()) == 0:
+    planes = flat[: len(part) * bits].reshape(len(part), bits)
+    values = np.zeros(len(part), dtype=np.int32)
+    for bit in range(bits):
+        values |= planes[:, bit].astype(np.int32) << bit
+    if len(values) and int(values.min()) == 0:
         raise MalformedMessageError("A coefficient is outside its grid.")
-    return np.asarray(values - (1 << (bits - 1)), dtype=np.int32)
+    part[:] = values - (1 << (bits - 1))
+
+
+def narrowest(bits: int) -> type[np.signedinteger[Any]]:
+    """The type for whole numbers of so many bits."""
+    return np.int8 if bits <= 8 else np.int16 if bits <= 16 else np.int32
+
+
+def _flipped(values: npt.NDArray[Any], bits: int) -> npt.NDArray[Any]:
+    """With the highest bit changed, which adds or takes 2^(bits-1)."""
+    flipped: npt.NDArray[Any] = values ^ np.dtype(WHOLE_BYTES[bits]).type(1 << (bits - 1))
+    return flipped
 
 
 # ---------------------------------------------------------------------------------------------------- scalars

@@ -14,20 +14,21 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.bits import Whole, narrowest
 from fedtune.directions.base import F32, F64, Pool
 from fedtune.errors import NonFiniteError
 
 I32 = npt.NDArray[np.int32]
-Whole = npt.NDArray[np.signedinteger[Any]]
 EXACT_SUM = 2**24  # the largest whole number up to which float32 counts exactly
 MIN_EXPONENT, MAX_EXPONENT = -120, 100  # sums of coefficients stay normal float32 numbers
 COARSE_BITS = 8  # with fewer bits, large coefficients are cut off where that leaves less error
 FINER = 6  # halvings of the grid that are tried
+AT_ONCE = 1 << 18  # coefficients that are widened at a time
 WIDE_BITS = 8  # bits that a coefficient without sums may have above 24
 
 
@@ -51,16 +52,28 @@ class PoolCoefficients:
         """float32 [L, K]: exact up to 24 bits, else rounded once; computed anew each time, so nothing of it is kept."""
         return np.ldexp(self.q.astype(np.float32), self.exponents[:, None]).astype(np.float32)
 
-    @property
+    @classmethod
+    def zero(cls, pool: Pool, blocks: int) -> Self:
+        """A pool that changes nothing: read-only arrays that are one number in memory, whatever L and K."""
+        return cls(pool, np.broadcast_to(np.int8(0), (blocks, pool.size)), np.broadcast_to(np.int32(0), (blocks,)))
+
+    @cached_property
     def is_zero(self) -> bool:
         """Whether the pool changes nothing."""
-        return not self.q.any()
+        return not (self.q[:1, :1] if self.q.strides == (0, 0) else self.q).any()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays in memory."""
+        return 0 if self.q.strides == (0, 0) else self.q.nbytes + self.exponents.nbytes
 
     @cached_property
     def identity(self) -> bytes:
         """32 bytes over the pool and the coefficients."""
         state = hashlib.sha256(self.pool.identity)
-        state.update(np.ascontiguousarray(self.q, dtype="<i4").data)
+        for row in self.q:
+            for start in range(0, len(row), AT_ONCE):
+                state.update(np.ascontiguousarray(row[start : start + AT_ONCE], dtype="<i4").data)
         state.update(np.ascontiguousarray(self.exponents, dtype="<i4").data)
         return state.digest()
 
@@ -84,7 +97,8 @@ def summable(pool: Pool, q: Whole, exponents: I32) -> bool:
     """Whether coefficients can be added to float32 weights everywhere alike: their sums are exact, or there are none."""
     if pool.disjoint:
         return bool((exponents[q.any(axis=1)] <= MAX_EXPONENT - WIDE_BITS).all())
-    return not any(int(np.abs(row.astype(np.int64)).sum()) > EXACT_SUM for row in q)
+    sizes = np.abs(q).view(f"u{q.itemsize}")  # the number without an opposite too
+    return bool((sizes.sum(axis=1, dtype=np.int64) <= EXACT_SUM).all())
 
 
 def quantise(pool: Pool, values: F64, bits: int) -> PoolCoefficients:
@@ -125,7 +139,7 @@ def quantise(pool: Pool, values: F64, bits: int) -> PoolCoefficients:
             rounded, exponent = _least_error(row, rounded, exponent, limit)
         q[block] = rounded.astype(np.int32)
         exponents[block] = exponent if rounded.any() else 0
-    return PoolCoefficients(pool, q.astype(_narrowest(bits)), exponents)
+    return PoolCoefficients(pool, q.astype(narrowest(bits)), exponents)
 
 
 def _least_error(row: F64, rounded: F64, exponent: int, limit: int) -> tuple[F64, int]:
@@ -144,8 +158,3 @@ def _least_error(row: F64, rounded: F64, exponent: int, limit: int) -> tuple[F64
 def _error(row: F64, rounded: F64, exponent: int) -> float:
     """The squared error that a rounding leaves, the same on every machine (no sum whose order is open)."""
     return math.fsum(np.square(np.ldexp(rounded, exponent) - row).tolist())
-
-
-def _narrowest(bits: int) -> type[np.signedinteger[Any]]:
-    """The type for whole numbers of so many bits."""
-    return np.int8 if bits <= 8 else np.int16 if bits <= 16 else np.int32

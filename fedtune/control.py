@@ -29,6 +29,7 @@ from fedtune.errors import ControlError
 from fedtune.foreign import client_id, for_screen
 from fedtune.ledger_file import LEDGER, LOCK
 from fedtune.only_one import is_held
+from fedtune.private import FOLDER
 from fedtune.run_folder import RunFolder
 
 CONTROL, STATUS = "control", "status.json"
@@ -117,7 +118,7 @@ def send(folder: RunFolder, order: Order) -> None:
     order.checked()
     target = folder.path / CONTROL
     try:
-        target.mkdir(exist_ok=True)
+        target.mkdir(FOLDER, exist_ok=True)
     except OSError as error:
         raise ControlError(f"'{target}' cannot be made: {error.strerror}. Remove what is there.") from error
     if target.is_symlink():

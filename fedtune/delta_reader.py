@@ -19,8 +19,9 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.bits import Whole
 from fedtune.bounded import opened, parse_json
-from fedtune.coefficients import I32, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, Whole, summable
+from fedtune.coefficients import I32, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
 from fedtune.config import RunConfig
 from fedtune.delta import FORMAT, VERSION, WIDTHS, Delta, declared, encode
 from fedtune.directions.base import DISJOINT, MAX_AXES, MAX_POOL, Pool

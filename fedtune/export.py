@@ -7,6 +7,7 @@ import re
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS
-from fedtune.algorithms.base import pool_number
+from fedtune.algorithms.base import most_pools
 from fedtune.architecture import layout_of_architecture
 from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig, Scalar
@@ -24,6 +25,7 @@ from fedtune.errors import ConfigError, FedtuneError, ModelError, RunFolderError
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, resolve_model
 from fedtune.no_room import why_no_room
+from fedtune.private import ordinary_mode
 from fedtune.resident import Resident
 from fedtune.run_folder import COEFFICIENTS, RunFolder, check_new
 from fedtune.trust import EXPORT, Ways, base_of, own_code_explained
@@ -171,9 +173,9 @@ def _coefficients(run: RunFolder, name: str, config: RunConfig, layout: Layout) 
     def pool_at(number: int) -> Pool:
         return algorithm.pool(config, layout, number)
 
-    most = pool_number(config, config.rounds) + 1
+    most, bits = partial(most_pools, config), config.coefficient_bits
     try:
-        return wire.decode_instruction(run.read_bytes(name), pool_at, most, layout.blocks, config.coefficient_bits)
+        return wire.decode_instruction(run.read_bytes(name), pool_at, most, layout.blocks, bits)
     except (WireError, StaleReplicaError) as error:
         raise _damaged(run, name, error) from None
 
@@ -224,6 +226,9 @@ def _save(lm: LanguageModel, folder: Path) -> None:
     model.config.use_cache = True  # switched off for training
     model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
+    mode = ordinary_mode(folder)
+    for path in filter(Path.is_file, folder.rglob("*")):
+        path.chmod(mode)  # safetensors keeps its files to their owner, unlike everything beside them
 
 
 def _another_base(config: RunConfig, expected: bytes, got: bytes) -> ModelError:

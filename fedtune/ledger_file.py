@@ -21,6 +21,7 @@ from fedtune.foreign import for_screen
 from fedtune.ledger_cells import text_of
 from fedtune.no_room import FULL, LIMITED, MEMORY, met_size_limit, why_no_room
 from fedtune.only_one import OnlyOne
+from fedtune.private import opener
 
 LEDGER, LOCK = "ledger.sqlite", "ledger.lock"
 APPLICATION, FORMAT = 0x46544C47, 3  # "FTLG"
@@ -142,6 +143,7 @@ def _size(path: Path) -> int:
 
 def begin(path: Path) -> sqlite3.Connection:
     """A new file with empty tables."""
+    open(path, "xb", opener=opener).close()  # the files beside it take their mode from it
     connection = _guarded(sqlite3.connect(path, isolation_level=None))
     for statement in (
         f"PRAGMA page_size = {PAGE}",  # before anything is written

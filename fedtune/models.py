@@ -7,6 +7,7 @@ token) is written down with its reason in `LanguageModel.notes`.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fedtune.embedded import embedded_path
 from fedtune.errors import ModelError
 from fedtune.foreign import for_screen
 from fedtune.placement import loading_options, place
+from fedtune.regular import LARGEST_TEXT, check_regular
 
 SMALL_MODEL = 20_000_000
 """Parameters below which a second thread costs more than it brings (forward passes of a few milliseconds)."""
@@ -159,6 +161,7 @@ def _local_folder(source: str, config: RunConfig) -> Path:
 
 
 def _check_weight_files(folder: Path, source: str) -> None:
+    _check_plain(folder, source)
     if not (folder / "config.json").is_file():
         raise ModelError(f"'{source}' has no config.json: give a folder written by save_pretrained.", model=source)
     if (folder / "adapter_config.json").exists():
@@ -178,6 +181,24 @@ def _check_weight_files(folder: Path, source: str) -> None:
             files=tuple(pickled),
         )
     raise ModelError(f"'{source}' has no weights: a *.safetensors file was expected next to config.json.", model=source)
+
+
+def _check_plain(folder: Path, source: str) -> None:
+    """Refuse a folder in which a loader could wait for a pipe, or read a device or a text without end."""
+    for path in sorted(folder.iterdir()):
+        text = path.suffix in (".json", ".jinja", ".model", ".txt")
+        try:
+            state = path.stat()
+            if not path.is_dir():
+                check_regular(state, path, LARGEST_TEXT if text else sys.maxsize)
+        except FileNotFoundError:
+            continue  # a link to nothing: what is needed is missed by whoever needs it
+        except OSError as error:
+            raise ModelError(
+                f"'{path.name}' in the model folder '{source}' cannot be used: {error.strerror}. "
+                "Remove it, or copy the model again.",
+                model=source,
+            ) from None
 
 
 def read_config(folder: Path, source: str, config: RunConfig) -> Any:

@@ -18,6 +18,7 @@ _SHORT = (  # what libraries say when memory is short
     "failed to map segment from shared object",
     "unable to allocate",
     "bad_alloc",
+    "cannot apply additional memory protection",
     "can't start new thread",
 )
 

@@ -18,7 +18,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.bits import Reader, pack_integers, packed_length, unpack_integers
+from fedtune.bits import Reader, Whole, narrowest, pack_integers, packed_length, unpack_integers
 from fedtune.coefficients import MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, StaleReplicaError
@@ -29,6 +29,11 @@ Known = Callable[[], PoolCoefficients | None]
 WIDEST = 25  # bits of a difference of two coefficients of 24 bits
 LARGEST = 2**23 - 1  # the largest coefficient of any grid
 LONGEST_PREFIX = 65535  # lengths are 16-bit numbers
+PREFIX_ROOM = 1 << 24
+"""Bytes that the pools of one message may take when they are read from prefixes, the one form whose bytes do not grow with L K.
+
+A zero pool takes none, and the other forms at most 32 bytes for each byte of the message.
+"""
 
 
 class Form(IntEnum):
@@ -41,19 +46,28 @@ class Form(IntEnum):
     PREFIXES = 4
 
 
-def encode_pool(coefficients: PoolCoefficients, bits: int, known: PoolCoefficients | None = None) -> bytes:
-    """One pool, in the shortest of its forms; `known` is what the reader has of it from an earlier round."""
+def encode_pool(
+    coefficients: PoolCoefficients, bits: int, known: PoolCoefficients | None = None, room: int = PREFIX_ROOM
+) -> bytes:
+    """One pool, in the shortest of its forms.
+
+    Args:
+        coefficients: what to write.
+        bits: per coefficient.
+        known: what the reader has of the pool from an earlier round.
+        room: bytes that the message may still take when prefixes are read.
+    """
     head = coefficients.pool.identity
     if coefficients.is_zero:
         return head + bytes([Form.ZERO])
-    flat = coefficients.q.reshape(-1).astype(np.int32)
+    flat = coefficients.q.reshape(-1)
     exponents = coefficients.exponents.astype("<i1").tobytes()
     forms = [
         lambda: bytes([Form.DENSE]) + exponents + pack_integers(flat, bits),
         lambda: bytes([Form.SPARSE]) + exponents + _pack_sparse(flat, bits),
     ]
     lengths = [packed_length(flat.size, bits), _sparse_length(flat, bits)]
-    if coefficients.pool.size <= LONGEST_PREFIX:
+    if coefficients.pool.size <= LONGEST_PREFIX and prefix_bytes(flat.size, bits) <= room:
         forms.append(lambda: bytes([Form.PREFIXES]) + exponents + _pack_prefixes(coefficients.q, bits))
         lengths.append(2 * len(coefficients.q) + packed_length(int(_prefixes(coefficients.q).sum()), bits))
     if known is not None and known.pool == coefficients.pool and not known.pool.disjoint:
@@ -74,23 +88,23 @@ def _on_grid(known: PoolCoefficients, exponents: npt.NDArray[np.int32]) -> npt.N
     return np.where(np.abs(moved) <= LARGEST, moved, 0.0).astype(np.int32)
 
 
-def _pack_sparse(flat: npt.NDArray[np.int32], bits: int) -> bytes:
+def _pack_sparse(flat: Whole, bits: int) -> bytes:
     """A bitmap of what is not zero, then those values."""
     used = flat != 0
     return np.packbits(used, bitorder="little").tobytes() + pack_integers(flat[used], bits)
 
 
-def _sparse_length(flat: npt.NDArray[np.int32], bits: int) -> int:
+def _sparse_length(flat: Whole, bits: int) -> int:
     return packed_length(flat.size, 1) + packed_length(int((flat != 0).sum()), bits)
 
 
-def _prefixes(q: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+def _prefixes(q: Whole) -> npt.NDArray[np.int64]:
     """int64 [L]: how many leading coefficients of each block there are up to the last that is not zero."""
     last = q.shape[1] - np.argmax(q[:, ::-1] != 0, axis=1)
     return np.asarray(np.where(q.any(axis=1), last, 0), dtype=np.int64)
 
 
-def _pack_prefixes(q: npt.NDArray[np.int32], bits: int) -> bytes:
+def _pack_prefixes(q: Whole, bits: int) -> bytes:
     """The lengths, then the coefficients of each block."""
     lengths = _prefixes(q)
     return lengths.astype("<u2").tobytes() + pack_integers(q[_leading(lengths, q.shape[1])], bits)
@@ -99,6 +113,16 @@ def _pack_prefixes(q: npt.NDArray[np.int32], bits: int) -> bytes:
 def _leading(lengths: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.bool_]:
     """bool [L, size]: the first `lengths` of each row."""
     return np.asarray(np.arange(size) < lengths[:, None])
+
+
+def prefix_bytes(coefficients: int, bits: int) -> int:
+    """Bytes of so many coefficients in memory, which prefixes need whatever their own length is."""
+    return coefficients * np.dtype(narrowest(bits)).itemsize
+
+
+def takes_room(written: bytes, blocks: int, size: int, bits: int) -> int:
+    """Bytes of PREFIX_ROOM that a pool of `encode_pool` takes."""
+    return prefix_bytes(blocks * size, bits) if written[8] == Form.PREFIXES else 0
 
 
 def decode_pool(data: bytes, pool: Pool, blocks: int, bits: int, known: Known = lambda: None) -> PoolCoefficients:
@@ -122,7 +146,7 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
     size = blocks * pool.size
     form = reader.take(1)[0]
     if form == Form.ZERO:
-        return PoolCoefficients(pool, np.zeros((blocks, pool.size), np.int32), np.zeros(blocks, np.int32))
+        return PoolCoefficients.zero(pool, blocks)
     if form not in tuple(Form) or (form == Form.DIFFERENCE and pool.disjoint):
         raise MalformedMessageError(f"There is no form {form} of coefficients.")
     exponents = np.frombuffer(reader.take(blocks), dtype="<i1").astype(np.int32)
@@ -133,6 +157,7 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
     elif form == Form.SPARSE:
         q = _unpack_sparse(reader, size, bits)
     elif form == Form.PREFIXES:
+        reader.spend(prefix_bytes(size, bits), PREFIX_ROOM)
         q = _unpack_prefixes(reader, blocks, pool.size, bits)
     else:
         q = _apply_difference(reader, exponents, size, bits, known)
@@ -142,26 +167,27 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
     return PoolCoefficients(pool, q, exponents)
 
 
-def _unpack_sparse(reader: Reader, size: int, bits: int) -> npt.NDArray[np.int32]:
-    """The inverse of `_pack_sparse`: int32 [size]."""
+def _unpack_sparse(reader: Reader, size: int, bits: int) -> Whole:
+    """The inverse of `_pack_sparse`: [size], of the narrowest type."""
     marks = np.unpackbits(np.frombuffer(reader.take(packed_length(size, 1)), np.uint8), bitorder="little")
     if marks[size:].any():
         raise MalformedMessageError("Padding bits are set.")
     used = marks[:size].astype(bool)
     count = int(used.sum())
-    flat = np.zeros(size, dtype=np.int32)
+    flat: Whole = np.zeros(size, dtype=narrowest(bits))
     flat[used] = unpack_integers(reader.take(packed_length(count, bits)), count, bits)
     return flat
 
 
-def _unpack_prefixes(reader: Reader, blocks: int, size: int, bits: int) -> npt.NDArray[np.int32]:
-    """The inverse of `_pack_prefixes`: int32 [blocks, size]."""
+def _unpack_prefixes(reader: Reader, blocks: int, size: int, bits: int) -> Whole:
+    """The inverse of `_pack_prefixes`: [blocks, size], of the narrowest type."""
     lengths = np.frombuffer(reader.take(2 * blocks), dtype="<u2").astype(np.int64)
     if (lengths > size).any():
         raise MalformedMessageError(f"A block has {int(lengths.max())} coefficients; the pool has {size} seeds.")
     count = int(lengths.sum())
-    q = np.zeros((blocks, size), dtype=np.int32)
-    q[_leading(lengths, size)] = unpack_integers(reader.take(packed_length(count, bits)), count, bits)
+    values = unpack_integers(reader.take(packed_length(count, bits)), count, bits)
+    q: Whole = np.zeros((blocks, size), dtype=narrowest(bits))
+    q[_leading(lengths, size)] = values
     return q
 
 
@@ -171,8 +197,8 @@ def _apply_difference(
     size: int,
     bits: int,
     known: Known,
-) -> npt.NDArray[np.int32]:
-    """int32 [size]: the coefficients that a difference leads to."""
+) -> Whole:
+    """[size], of the narrowest type: the coefficients that a difference leads to."""
     name, width = reader.take(8), reader.take(1)[0]
     if not 2 <= width <= WIDEST:
         raise MalformedMessageError(f"A difference has 2 to {WIDEST} bits, not {width}.")
@@ -183,4 +209,4 @@ def _apply_difference(
     q = _on_grid(start, exponents).reshape(-1) + change
     if (np.abs(q) > 2 ** (bits - 1) - 1).any():
         raise MalformedMessageError("A coefficient is outside its grid.")
-    return q
+    return q.astype(narrowest(bits))

@@ -141,7 +141,9 @@ class Replica:
             self._anchor = AtRest.blank([(entry.shape, torch.float32) for entry in self.layout.entries], self._in_memory)
         if new:
             self._folded = ()  # until it is done, an interrupted fold starts again from the base
-            self._add(new, source, self._anchor.tensors, self._anchor)
+            for start in range(0, len(new), FEW):  # at a time, since their coefficients are float32 meanwhile
+                self._add(new[start : start + FEW], source, self._anchor.tensors, self._anchor)
+                source = self._anchor
         self._folded = wanted
         return self._anchor
 

@@ -9,8 +9,9 @@
     error.json         why a run failed
     ledger.sqlite      the truth about the run (fedtune/ledger.py); a resume makes the files above from it again
 
-Whole files appear atomically (temporary file, fsync, rename). metrics.jsonl grows by one flushed line at a time; a last
-line that a crash tore is ignored when read and cut off by the next append.
+The folder is of mode 700 and its files of 600, since they hold the ledger and held-out rows; a folder that somebody opened to
+others stays open. Whole files appear atomically (temporary file, fsync, rename). metrics.jsonl grows by one flushed line at a
+time; a last line that a crash tore is ignored when read and cut off by the next append.
 
 Anybody may have made the folder that is read: see `fedtune.bounded`. What is written stays in the folder, also where somebody
 put a symbolic link in place of a file.
@@ -36,6 +37,7 @@ from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, RunFolderError
 from fedtune.foreign import for_json
 from fedtune.no_room import why_no_room
+from fedtune.private import make_folder, opener
 
 CONFIG = "config.json"
 VERSIONS = "versions.json"
@@ -68,10 +70,10 @@ class RunFolder:
         folder = Path(path)
         check_new(folder)
         with _explained(folder, "made"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent, exist_ok=True)
             new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
             shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
+            make_folder(new)
             try:
                 run = cls(new)
                 run.write_json(VERSIONS, versions())
@@ -211,6 +213,8 @@ class RunFolder:
 def replace_file(target: Path, data: bytes) -> None:
     """Write `data` at `target`, atomically: a reader sees the old file or the new one, also after a power cut.
 
+    In a folder of its owner alone the file is so too (`fedtune.private`).
+
     Raises:
         RunFolderError: the disk refuses; says what to do.
     """
@@ -218,7 +222,7 @@ def replace_file(target: Path, data: bytes) -> None:
     with _explained(target, "written"):
         try:
             temporary.unlink(missing_ok=True)  # whatever it is, and wherever a link leads
-            with temporary.open("xb") as file:
+            with open(temporary, "xb", opener=opener) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -228,7 +232,7 @@ def replace_file(target: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def appending(target: Path, mode: int = 0o666) -> int:
+def appending(target: Path) -> int:
     """A descriptor that appends to the regular file `target`, which is made if it is not there; never through a link.
 
     Raises:
@@ -236,7 +240,7 @@ def appending(target: Path, mode: int = 0o666) -> int:
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with _explained(target, "written"):
-        descriptor = os.open(target, flags, mode)
+        descriptor = opener(str(target), flags)
         try:
             refuse_special(os.fstat(descriptor).st_mode, target)
         except BaseException:

@@ -23,10 +23,11 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
+from itertools import chain, repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ from fedtune.bits import UNIT_BITS, Reader, pack_blocks, pack_scalars, packed_le
 from fedtune.coefficients import PoolCoefficients
 from fedtune.directions.base import F32, Pool
 from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError
-from fedtune.packing import take_pool
+from fedtune.packing import Known, take_pool
 
 I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
@@ -143,10 +144,19 @@ def encode_instruction(instruction: Instruction, bits: int) -> bytes:
         _INSTRUCTION.pack(
             instruction.fingerprint, instruction.layout, instruction.digest, instruction.held, len(instruction.pools)
         ),
-        *(encode_pool(pool, bits, None if number else instruction.known) for number, pool in enumerate(instruction.pools)),
+        *_pools(instruction, bits),
         _extra(instruction),
     ]
     return b"".join(parts)
+
+
+def _pools(instruction: Instruction, bits: int) -> Iterator[bytes]:
+    """The pools, the first one as what changed if that is shorter; prefixes as long as the reader has room for them."""
+    room = packing.PREFIX_ROOM
+    for number, pool in enumerate(instruction.pools):
+        written = encode_pool(pool, bits, None if number else instruction.known, room)
+        room -= packing.takes_room(written, len(pool.q), pool.pool.size, bits)
+        yield written
 
 
 def _extra(instruction: Instruction) -> bytes:
@@ -160,17 +170,17 @@ def _extra(instruction: Instruction) -> bytes:
 def decode_instruction(
     data: bytes,
     pool_at: Callable[[int], Pool],
-    most_pools: int,
+    most_pools: Callable[[int], int],
     blocks: int,
     bits: int,
     known_at: Callable[[int], PoolCoefficients | None] = lambda number: None,
 ) -> Instruction:
-    """Read an instruction.
+    """Read an instruction. Its pools take at most PREFIX_ROOM and 32 times the message in memory (`fedtune.packing`).
 
     Args:
         data: the message.
         pool_at: the pool with a given number (from 0) of this run; those that the message carries must be among them.
-        most_pools: pools that the whole run can have.
+        most_pools: of a round (from 1): pools that the run can have by then.
         blocks: L of the client's layout.
         bits: per coefficient.
         known_at: what the reader has of the pool with a given number, if anything; asked if the message is a difference.
@@ -182,11 +192,14 @@ def decode_instruction(
     reader = Reader(data)
     round = _read_head(reader, Kind.INSTRUCTION)
     fingerprint, layout, digest, held, sent = reader.unpack(_INSTRUCTION)
-    if held + sent > most_pools or sent == 0:
-        raise MismatchError(f"The message speaks of {held + sent} pools; this run has at most {most_pools}.")
-    decoded = tuple(
-        take_pool(reader, pool_at(number), blocks, bits, partial(known_at, number)) for number in range(held, held + sent)
-    )
+    most = most_pools(round)
+    if held + sent > most or sent == 0:
+        raise MismatchError(
+            f"The message speaks of {held + sent} pools; in round {round} it has at most {most}, and one at least."
+        )
+    first: Known = partial(known_at, held)
+    known = chain([first], repeat(_nothing))  # the first pool alone may be a difference
+    decoded = tuple(take_pool(reader, pool_at(number), blocks, bits, next(known)) for number in range(held, held + sent))
     size = decoded[-1].pool.size
     extra = reader.take(1)[0]
     if extra not in tuple(Extra):
@@ -199,6 +212,10 @@ def decode_instruction(
     if (counts > size).any():
         raise MalformedMessageError(f"A block has {int(counts.max())} coordinates; the pool has {size} seeds.")
     return Instruction(round, fingerprint, layout, digest, held, decoded, weights, counts)
+
+
+def _nothing() -> None:
+    """What the reader has of a pool that is not the first."""
 
 
 def _take_u16(reader: Reader, count: int) -> U16:

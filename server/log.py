@@ -25,7 +25,7 @@ LOG = "log.jsonl"
 @contextmanager
 def logging_to(folder: Path) -> Iterator[None]:
     """Write every event inside the `with` block, and the error that ends it; goes on where an earlier process ended."""
-    descriptor = appending(folder / LOG, 0o600)
+    descriptor = appending(folder / LOG)
     try:
         with listening(lambda event: _write(descriptor, event)):
             yield

@@ -110,6 +110,19 @@ def test_the_start_is_rebuilt_bit_by_bit(replica: Replica, family: str, count: i
         assert all(torch.equal(replica.start(index), tensor) for index, tensor in enumerate(before))
 
 
+def test_a_fold_of_many_pools_widens_a_few_at_a_time(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that joins late gets them all at once: the same bits, and never more than FEW as float32."""
+    base = [weight.detach().clone() for weight in replica.weights]
+    chain, widened = pools("hadamard", 3 * FEW + 2, replica.layout.blocks), list[int]()
+    pairs = Replica._pairs
+    monkeypatch.setattr(Replica, "_pairs", lambda self, some: widened.append(len(some)) or pairs(self, some))
+    replica.become(Coefficients(tuple(chain)))
+    expected = summed(replica, base, chain)
+    assert all(torch.equal(weight, total) for weight, total in zip(replica.weights, expected, strict=True))
+    assert max(widened) == FEW
+    assert sum(widened) == len(chain)
+
+
 def test_a_fold_that_was_interrupted_starts_again(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     """An anchor to which a pool was added half is never used."""
     chain = pools("hadamard", FEW + 3, replica.layout.blocks)

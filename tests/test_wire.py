@@ -49,7 +49,7 @@ def weights(**changes: object) -> Update:
 
 
 def read_instruction(data: bytes, bits: int = 4) -> Instruction:
-    return wire.decode_instruction(data, POOLS.__getitem__, len(POOLS), 1, bits)
+    return wire.decode_instruction(data, POOLS.__getitem__, lambda round: len(POOLS), 1, bits)
 
 
 def encode(update: Update, bits: int, with_counts: bool = True) -> bytes:
@@ -442,7 +442,7 @@ def test_the_first_pool_of_an_instruction_may_be_a_difference() -> None:
         asked.append(number)
         return before
 
-    got = wire.decode_instruction(data, POOLS.__getitem__, len(POOLS), 1, 24, known_at)
+    got = wire.decode_instruction(data, POOLS.__getitem__, lambda round: len(POOLS), 1, 24, known_at)
     assert [pool.identity for pool in got.pools] == [pool.identity for pool in sent.pools]
     assert asked == [0]
     with pytest.raises(StaleReplicaError, match="since a state that this client does not hold"):

@@ -190,6 +190,11 @@ def pool_number(config: RunConfig, round: int) -> int:
     return (round - 1) // config.pool_every if config.pool_every else 0
 
 
+def most_pools(config: RunConfig, round: int) -> int:
+    """Pools that the model before round `round` (from 1) has at most: fewer if rounds changed nothing."""
+    return pool_number(config, max(1, min(round, config.rounds))) + 1
+
+
 def server_rate(config: RunConfig, round: int) -> float:
     """The server's learning rate in round `round` (from 1): constant, or falling from server_lr towards 0 by the end.
 

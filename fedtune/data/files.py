@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fedtune.config import expand
 from fedtune.embedded import embedded_path
 from fedtune.errors import DataError
+from fedtune.regular import open_regular
 
 Row = Mapping[str, Any]
 
@@ -18,7 +20,8 @@ def read_rows(source: str) -> Sequence[Row]:
     """All rows of a `.json`, `.jsonl` or `.parquet` file, of `hub:NAME` or `hub:NAME:split`, or of 'embedded'.
 
     Raises:
-        DataError: no such file or data set, an unknown kind of file, or malformed content (with its line number).
+        DataError: no such file or data set, an unknown kind of file, no regular file, one larger than LARGEST_DATA, or
+            malformed content (with its line number).
     """
     if source.startswith("hub:"):
         return _read_hub(source)
@@ -28,21 +31,22 @@ def read_rows(source: str) -> Sequence[Row]:
         raise DataError(
             f"'{source}' is of no kind that can be read: give a .json, .jsonl or .parquet file, or hub:NAME.", source=source
         )
-    if not path.is_file():
+    try:
+        with open_regular(path) as file:
+            return readers[path.suffix](file, path)
+    except FileNotFoundError:
         raise DataError(
             f"There is no data file '{source}': correct the path, or give hub:NAME for a data set of the hub.", source=source
-        )
-    try:
-        return readers[path.suffix](path)
+        ) from None
     except OSError as error:
         raise DataError(f"Data file '{path}' cannot be read: {error.strerror or error}.", source=source) from None
     except UnicodeDecodeError as error:
         raise DataError(f"Data file '{path}' is not UTF-8 (byte {error.start}): save it as UTF-8.", source=source) from None
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(file: BinaryIO, path: Path) -> list[Row]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(file.read().decode())
     except json.JSONDecodeError as error:
         raise DataError(
             f"Data file '{path}' is not valid JSON at line {error.lineno}: {error.msg}. "
@@ -56,9 +60,9 @@ def _read_json(path: Path) -> list[Row]:
     return rows
 
 
-def _read_json_lines(path: Path) -> list[Row]:
+def _read_json_lines(file: BinaryIO, path: Path) -> list[Row]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with TextIOWrapper(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -74,14 +78,14 @@ def _read_json_lines(path: Path) -> list[Row]:
     return rows
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(file: BinaryIO, path: Path) -> list[Row]:
     try:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import read_table
     except ImportError:
         raise DataError("Parquet files need pyarrow: install it with `pip install 'fedtune[parquet]'`.") from None
     try:
-        rows: list[Row] = read_table(path).to_pylist()
+        rows: list[Row] = read_table(file).to_pylist()
     except ArrowInvalid as error:
         raise DataError(f"Data file '{path}' is not a valid Parquet file: {str(error).rstrip('.')}.") from None
     return rows

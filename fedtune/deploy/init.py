@@ -1,4 +1,4 @@
-"""Writing a deployment: keys where nobody else reads them, each machine's folder with what that machine needs and no more."""
+"""Writing a deployment: for its owner alone, whatever the umask; each machine's folder has what that machine needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from fedtune.deploy.node import scripts_of_node, texts_of_node
 from fedtune.deploy.plan import AUTHORITY, NODES, PLAN, SERVER, Plan
 from fedtune.deploy.server import scripts_of_server, texts_of_server
 from fedtune.errors import DeployError
+from fedtune.private import make_folder
 
-PRIVATE, PUBLIC, EXECUTABLE, FOLDER = 0o600, 0o644, 0o700, 0o700
+FILE, EXECUTABLE = 0o600, 0o700
 
 _Files = dict[str, tuple[bytes, int]]  # path below the deployment -> content, mode
 
@@ -31,12 +32,12 @@ def create(folder: Path, plan: Plan, force: bool = False) -> list[Path]:
     """
     authority = Authority.create()
     files: _Files = {
-        f"{AUTHORITY}/ca.key": (authority.pair.key, PRIVATE),
-        f"{AUTHORITY}/ca.pem": (authority.pair.certificate, PUBLIC),
-        f"{SERVER}/ca.pem": (authority.pair.certificate, PUBLIC),
+        f"{AUTHORITY}/ca.key": (authority.pair.key, FILE),
+        f"{AUTHORITY}/ca.pem": (authority.pair.certificate, FILE),
+        f"{SERVER}/ca.pem": (authority.pair.certificate, FILE),
         **_pair(f"{SERVER}/superlink", authority.issue(["localhost"], AUTHORITY_DAYS)),
         **_pair(f"{SERVER}/server", authority.issue(plan.hosts)),
-        **_texts(SERVER, texts_of_server(plan), PUBLIC),
+        **_texts(SERVER, texts_of_server(plan), FILE),
         **_texts(SERVER, scripts_of_server(), EXECUTABLE),
     }
     for name in plan.nodes:
@@ -80,23 +81,23 @@ def _node_files(plan: Plan, name: str, certificate: bytes) -> _Files:
     private, public = node_key(name)
     home = f"{NODES}/{name}"
     return {
-        f"{home}/node.key": (private, PRIVATE),
-        f"{home}/ca.pem": (certificate, PUBLIC),
-        **_texts(home, texts_of_node(plan, name), PUBLIC),
+        f"{home}/node.key": (private, FILE),
+        f"{home}/ca.pem": (certificate, FILE),
+        **_texts(home, texts_of_node(plan, name), FILE),
         **_texts(home, scripts_of_node(), EXECUTABLE),
-        f"{SERVER}/nodes/{name}.pub": (public, PUBLIC),
+        f"{SERVER}/nodes/{name}.pub": (public, FILE),
     }
 
 
 def _about(plan: Plan) -> _Files:
     return {
-        PLAN: (plan.as_text().encode(), PUBLIC),
-        "README.md": (handbook.readme(plan).encode(), PUBLIC),
+        PLAN: (plan.as_text().encode(), FILE),
+        "README.md": (handbook.readme(plan).encode(), FILE),
     }
 
 
 def _pair(stem: str, pair: Pair) -> _Files:
-    return {f"{stem}.key": (pair.key, PRIVATE), f"{stem}.pem": (pair.certificate, PUBLIC)}
+    return {f"{stem}.key": (pair.key, FILE), f"{stem}.pem": (pair.certificate, FILE)}
 
 
 def _texts(home: str, texts: Mapping[str, str], mode: int) -> _Files:
@@ -112,16 +113,15 @@ def _write_all(folder: Path, files: _Files, force: bool) -> list[Path]:
         )
     try:
         for name, (content, mode) in files.items():
-            _write(folder, folder / name, content, mode)
+            _write(folder / name, content, mode)
     except OSError as error:
         raise DeployError(f"'{error.filename}' cannot be written: {error.strerror}.") from None
     return [folder / name for name in files]
 
 
-def _write(root: Path, path: Path, content: bytes, mode: int) -> None:
+def _write(path: Path, content: bytes, mode: int) -> None:
     """Write a file that at no moment has another mode or half its content."""
-    for parent in reversed(path.relative_to(root).parents):
-        (root / parent).mkdir(mode=FOLDER, exist_ok=True, parents=True)
+    make_folder(path.parent, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

@@ -17,7 +17,7 @@ cd "$here/work"
 exec python3 -P -m client.supernode --superlink "$SERVER" --root-certificates "$here/ca.pem" \\
     --auth-supernode-private-key "$here/node.key" --host 127.0.0.1 --port "$RUNTIME_PORT" \\
     --node-config \\
-    "client-id=\\"$CLIENT_ID\\" model=\\"$MODEL\\" data=\\"$DATA\\" device=\\"$DEVICE\\" worker=\\"${WORKER:-auto}\\""
+    "client-id=\\"$CLIENT_ID\\" model=\\"$MODEL\\" data=\\"$DATA\\" device=\\"$DEVICE\\" worker=\\"${WORKER:-auto}\\" ${MORE:-}"
 """,
 )
 
@@ -57,6 +57,7 @@ def node_env(plan: Plan, name: str) -> str:
             ("DATA", "", "TO FILL IN: absolute path of this node's own .jsonl, .json or .parquet file. It stays here."),
             ("DEVICE", "auto", "auto, cpu, cuda, cuda:N or mps."),
             ("WORKER", "auto", "auto: a process keeps the model loaded between messages; off: each message loads it."),
+            ("MORE", "", "Further node config, such as: offload=true threads=8 trust-remote-code=true (docs/deployment.md)."),
             ("BIN", "", "Folder of fedtune's and Flower's programs (a virtual environment's bin); empty: those on the PATH."),
             ("CLIENT_ID", name, "The client's name in the server's records; keep it across restarts."),
             ("SERVER", plan.server_address, "host:port of the server's proxy."),

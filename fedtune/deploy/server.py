@@ -11,6 +11,19 @@ from fedtune.deploy.scripts import script
 LARGEST_BODY = "64m"
 """Flower cuts arrays into pieces of 5 MiB but sends other payloads whole; nginx alone would refuse all above 1 MiB."""
 
+CONNECTIONS = 16384
+"""Of each of the proxy's two processes, to nodes and to the SuperLink; a connection without a request takes about 30 kB."""
+
+HEADER_SECONDS, STILL_SECONDS, KEPT_SECONDS = 5, 30, 40
+"""How long a peer may take for TLS and for a header (a few hundred bytes), may stand still in a body, and is kept between
+requests: SuperNodes send a heartbeat every 30 s at the latest."""
+
+REQUESTS = 100
+"""Of one address at a time. A SuperNode has one or two, so some fifty nodes may share an address."""
+
+PROTECTION = ("client_header_timeout", "client_body_timeout", "limit_conn", "reset_timedout_connection")
+"""What `fedtune deploy check` looks for in an nginx.conf that an earlier fedtune wrote."""
+
 _SUPERLINK = script(
     "The SuperLink: TLS, only nodes whose key is registered, on loopback, where Flower's unprotected control API belongs.",
     """\
@@ -173,8 +186,10 @@ worker_processes 2;
 pid run/nginx.pid;
 error_log stderr warn;
 
+worker_rlimit_nofile {2 * CONNECTIONS};
+
 events {{
-    worker_connections 1024;
+    worker_connections {CONNECTIONS};
 }}
 
 http {{
@@ -186,6 +201,19 @@ http {{
     uwsgi_temp_path run/uwsgi;
     scgi_temp_path run/scgi;
 
+    # Who says nothing, or little, is let go: the TLS handshake and the header of a request have {HEADER_SECONDS} s each, bodies
+    # and answers may stand still for {STILL_SECONDS} s, and an address has at most {REQUESTS} requests at a time.
+    client_header_timeout {HEADER_SECONDS}s;
+    client_body_timeout {STILL_SECONDS}s;
+    send_timeout {STILL_SECONDS}s;
+    lingering_timeout 5s;
+    reset_timedout_connection on;
+    large_client_header_buffers 4 8k;
+    limit_conn_zone $binary_remote_addr zone=addresses:10m;
+    limit_conn addresses {REQUESTS};
+    limit_conn_status 429;
+    limit_conn_log_level info;
+
     upstream superlink {{
         server 127.0.0.1:{plan.superlink_port};
         keepalive 32;
@@ -196,10 +224,11 @@ http {{
         ssl_certificate server.pem;
         ssl_certificate_key server.key;
         ssl_protocols TLSv1.2 TLSv1.3;
-        keepalive_timeout 75s;
+        keepalive_timeout {KEPT_SECONDS}s;
         client_max_body_size {LARGEST_BODY};
 
         location / {{
+            keepalive_timeout 0;
             return 404;
         }}
 

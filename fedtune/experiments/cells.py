@@ -28,6 +28,7 @@ from fedtune.bounded import opened
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, Interrupted, RunFolderError
 from fedtune.foreign import for_screen
+from fedtune.private import make_folder, opener
 from fedtune.report.table import measured
 from fedtune.resume import stored_settings
 from fedtune.run_folder import SUMMARY, RunFolder, replace_file
@@ -190,7 +191,7 @@ def _child(arguments: list[str], log: str, place: dict[str, str]) -> None:
     os.setsid()
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     os.environ.update(place)
-    with open(log, "w", encoding="utf-8", buffering=1) as file:
+    with open(log, "w", encoding="utf-8", buffering=1, opener=opener) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
         from fedtune.cli.main import main
@@ -224,7 +225,7 @@ def _written(cell: Cell, folder: Path) -> Path:
     """The settings of the cell as a preset beside its folder."""
     path = folder.with_name(f"{folder.name}.toml")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"'{path.parent}' could not be made: {error.strerror}. Give another folder.") from error
     replace_file(path, as_toml(cell.settings, cell.name).encode())

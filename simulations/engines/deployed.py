@@ -49,7 +49,7 @@ class Deployed:
         folder.mkdir()
         proxy = self.proxies[name] = CountingProxy(self._link.port)
         trust = ["--root-certificates", str(self._link.ca)] if self._link.ca else ["--insecure"]
-        node = f'partition-id={number} num-partitions={clients} worker="auto"'
+        node = f'partition-id={number} num-partitions={clients} worker="auto" server-decides=true'  # one person's machine
         command = ["flower-supernode", "--superlink", f"127.0.0.1:{proxy.port}", *trust, "--host", "127.0.0.1"]
         command += ["--port", str(free_port()), "--node-config", node]
         own = {"FLWR_HOME": str(folder / "flwr"), "FEDTUNE_WORKERS": str(self._link.home / "workers")}

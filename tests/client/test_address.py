@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from client.address import LONGEST_SOCKET, Address, locked, private_folder, runtime_folder
+from client.connection import LARGEST_LOG, _opened_log
 from fedtune.errors import ConfigError, WorkerAccessError, WorkerError
 
 HOLD = """
@@ -70,6 +71,16 @@ def test_a_folder_is_made_for_its_owner_and_an_open_one_is_refused(tmp_path: Pat
     (tmp_path / "link").symlink_to(tmp_path / "new")
     with pytest.raises(WorkerAccessError, match="should be a folder and is something else"):
         private_folder(tmp_path / "link")
+
+
+def test_a_long_log_is_put_aside_and_one_before_is_kept(workers: Path) -> None:
+    address = Address("unix", workers / "x.sock")
+    for letter in b"abc":
+        with _opened_log(address) as descriptor:
+            os.write(descriptor, bytes([letter]) * (LARGEST_LOG + 1))
+    kept = {path.name: path.read_bytes()[:1] for path in workers.iterdir()}
+    assert kept == {"x.log": b"c", "x.log.1": b"b"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in workers.iterdir()} == {0o600}
 
 
 def test_a_lock_dies_with_its_holder(workers: Path) -> None:

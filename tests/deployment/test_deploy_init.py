@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,11 +31,29 @@ def certificate(path: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate(path.read_bytes())
 
 
-def test_private_keys_are_their_owners_and_folders_closed(written: Path) -> None:
+@pytest.mark.parametrize("umask", [0o000, 0o027])
+def test_everything_is_its_owners_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    tmp_path.chmod(0o755)
+    before = os.umask(umask)
+    try:
+        assert fedtune("deploy", "init", str(tmp_path / "a/b/c"), "--server", "fl.example.org", "--nodes", "a,b") == 0
+        assert fedtune("deploy", "init", str(tmp_path / "a/b/c"), "--add-node", "d") == 0
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o700}
+    assert {path for path, mode in modes.items() if mode != 0o600} == {path for path in modes if path.is_dir() or _runs(path)}
+    assert {mode for path, mode in modes.items() if path.is_file() and _runs(path)} == {0o700}
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+def _runs(path: Path) -> bool:
+    return path.suffix == ".sh" and path.name != "environment.sh"
+
+
+def test_private_keys_are_where_they_belong(written: Path) -> None:
     keys = sorted(path.relative_to(written).as_posix() for path in written.rglob("*.key"))
     assert keys == ["ca/ca.key", "nodes/a/node.key", "nodes/b/node.key", "server/server.key", "server/superlink.key"]
-    assert {(written / key).stat().st_mode & 0o777 for key in keys} == {0o600}
-    assert {path.stat().st_mode & 0o777 for path in [written, *written.rglob("*")] if path.is_dir()} == {0o700}
     assert not list(written.rglob("*.new"))
 
 

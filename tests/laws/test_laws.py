@@ -50,7 +50,7 @@ def state_of(folder: RunFolder, here: Resident) -> Coefficients:
     complete = wire.decode_instruction(
         folder.read_bytes("coefficients.bin"),
         lambda number: algorithm.pool(settings, layout, number),
-        settings.rounds + 1,
+        lambda round: settings.rounds + 1,
         layout.blocks,
         settings.coefficient_bits,
     )

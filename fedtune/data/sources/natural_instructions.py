@@ -22,12 +22,14 @@ from fedtune.config import RunConfig
 from fedtune.data.files import Row
 from fedtune.data.sources.base import Rows, place_and_options
 from fedtune.errors import DataError
+from fedtune.regular import open_regular
 from fedtune.seeds import Stream
 
 FEWEST = 20
 """Usable instances below which a train task is left out; instances that a test task gives at least, if it has them."""
 
 TEST_SHARE = 0.02
+LARGEST_TASK = 1 << 28  # bytes of a file; those of v2.8 have at most 60 MB
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def _read(folder: Path, split: str, limit: float, seed: int, size: Callable[[int
 def _task_names(folder: Path, split: str) -> list[str]:
     path = folder / "splits" / "default" / f"{split}_tasks.txt"
     try:
-        names = path.read_text(encoding="utf-8").split()
+        with open_regular(path, LARGEST_TASK) as file:
+            names = file.read().decode().split()
     except OSError:
         raise DataError(
             f"'{folder}' is no copy of Natural Instructions, since it lacks splits/default/{split}_tasks.txt: "
@@ -105,7 +108,8 @@ def _task_names(folder: Path, split: str) -> list[str]:
 def _read_task(folder: Path, name: str, limit: float) -> _Task:
     path = folder / "tasks" / f"{name}.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path, LARGEST_TASK) as file:
+            content = json.loads(file.read())
     except OSError:
         raise DataError(f"Task '{name}' of the split has no file tasks/{name}.json in '{folder}': complete the copy.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from fedtune.deploy import settings
 from fedtune.deploy.check import files, machine, network
-from fedtune.deploy.check.findings import Finding, State, good, wrong
+from fedtune.deploy.check.findings import Finding, State, good, warn, wrong
 from fedtune.deploy.plan import NODES, PLAN, SERVER
+from fedtune.deploy.server import PROTECTION
 from fedtune.errors import DeployError
 
 _SCRIPT = "The .env file was edited: correct the line, or take it from a new `fedtune deploy init` elsewhere."
@@ -103,6 +104,13 @@ def _proxy_configuration(folder: Path, values: Mapping[str, str]) -> Iterator[Fi
                 f"nginx.conf has {', '.join(found) or 'no port'} where server.env has {key} = {values.get(key)}.",
                 "Make both the same.",
             )
+    missing = [name for name in PROTECTION if not re.search(rf"^\s*{name}\s", text, re.MULTILINE)]
+    if missing:
+        yield warn(
+            "proxy",
+            f"nginx.conf has no {', '.join(missing)}: connections that say nothing can keep nodes out.",
+            "Take nginx.conf from a new `fedtune deploy init` elsewhere with the same ports, then `./proxy.sh -s reload`.",
+        )
     try:
         done = subprocess.run([folder / "proxy.sh", "-t"], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

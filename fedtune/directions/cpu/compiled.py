@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import numba
 from numba.extending import intrinsic
 
+from fedtune.private import make_folder
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False, "boundscheck": False}
@@ -78,7 +80,7 @@ def _cache_folder() -> str | None:
 
 def _writable(folder: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, exist_ok=True)  # what is in it is run
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError:
