@@ -190,9 +190,7 @@ class RunConfig(BaseModel):
     )
     threads: int = Field(0, ge=0, le=4096, description="CPU threads of torch; 0: 1 below 20 M parameters, else all cores")
     # ------------------------------------------------------------------ data
-    data: str = Field(
-        "embedded", min_length=1, description="JSON, JSONL or Parquet file, hub:NAME, DATASET:PATH, or 'embedded'"
-    )
+    data: str = Field("embedded", description="JSON, JSONL or Parquet file, hub:NAME, DATASET:PATH, or 'embedded'")
     instruction_column: str = Field("instruction", description="column with the instruction")
     input_column: str = Field("input", description="column with the optional input; '' for none")
     output_column: str = Field("output", description="column with the response that is trained on")
