@@ -17,7 +17,7 @@ from fedtune.config import Scalar
 from fedtune.experiments.arms import Arm, Comparison, config_of
 from fedtune.experiments.cells import Cell, Outcome
 from fedtune.link import Link, link_seconds
-from fedtune.report.table import Row, rows_of
+from fedtune.report.table import Row, measured, rows_of
 from fedtune.run_folder import RunFolder
 
 
@@ -198,5 +198,5 @@ def held_against(now: Sequence[Row], before: Sequence[Row]) -> list[Held]:
 
 def _last_losses(rows: Sequence[Row], label: str) -> dict[int, float]:
     """By seed: the held-out loss after the last round."""
-    mine = sorted((row for row in rows if row.label == label and row.eval_loss is not None), key=lambda row: row.round)
-    return {row.seed: row.eval_loss for row in mine if row.eval_loss is not None}
+    mine = sorted((row for row in rows if row.label == label), key=lambda row: row.round)
+    return {row.seed: loss for row in mine if (loss := measured(row.eval_loss)) is not None}

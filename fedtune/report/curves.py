@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from fedtune.report.table import Row
+from fedtune.report.table import Row, measured
 
 
 @dataclass(frozen=True)
@@ -76,5 +76,5 @@ def mean(values: Sequence[float]) -> float:
 
 
 def finite(value: float | int | None) -> float | None:
-    """`value` as a float, None if there is none or it is not finite."""
-    return float(value) if value is not None and math.isfinite(value) else None
+    """`value` as a float, None if there is none, or it is not finite or too large to be added to others."""
+    return measured(value)

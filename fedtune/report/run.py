@@ -213,7 +213,7 @@ def _clients(rows: Sequence[Mapping[str, Any]], partition: Mapping[str, Any], ke
             reasons.setdefault(str(name), Counter())[str(reason)] += 1
     held = partition.get("clients")
     samples = {str(n): len(of) for n, of in enumerate(held) if isinstance(of, list)} if isinstance(held, list) else {}
-    if set(asked) - set(samples):  # named nodes have data of their own: the division of a simulation is not theirs
+    if asked and not asked.keys() & samples.keys():  # named nodes have data of their own, and no share of this division
         samples = {}
     whole = sum(kept.shares.values())
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 from pathlib import Path
@@ -127,10 +128,12 @@ def test_data_of_the_hub_is_named_again(folder: Path, told: Told) -> None:
     assert "--set data=hub:someorg/somedata" in told("simulate", "--resume", folder)
 
 
-def test_data_that_is_a_device_is_refused(folder: Path, told: Told) -> None:
-    for source in ("/dev/zero", "/dev/stdin"):
-        says(folder, data=source)
-        assert "data" in told("simulate", "--resume", folder)
+def test_data_that_is_no_file_is_refused(folder: Path, told: Told, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "device.jsonl").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "device.jsonl"):
+        says(folder, data=str(tmp_path / name))
+        assert "There is no data file" in told("simulate", "--resume", folder)
 
 
 def test_a_revision_goes_with_the_model_that_is_named() -> None:

@@ -72,6 +72,12 @@ def test_a_whole_run_is_shown(run: RunFolder) -> None:
     assert not [value for name, value in shown.attributes if name.startswith("on") or name in ("src", "href", "style")]
 
 
+def test_named_nodes_do_not_stand_beside_clients_that_are_only_numbers(run: RunFolder) -> None:
+    """partition.json divides the server's file, of which nodes with data of their own have no share."""
+    run.write_metrics([line(0), line(1, clients=("anna", "ben"))])
+    assert [(client.id, client.samples) for client in read_run(run.path).clients] == [("anna", None), ("ben", None)]
+
+
 def test_clients_are_counted(run: RunFolder) -> None:
     write_lines(run, [line(0), line(1, refused={"1": "late"}), line(2, clients=("1", "10", "site-a"), refused={"1": "late"})])
     assert read_run(run.path).clients == [

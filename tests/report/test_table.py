@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -96,3 +97,63 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
     with pytest.raises(MissingPackageError, match=r"pip install 'fedtune\[experiments\]'"):
         write(ROWS, tmp_path / "table.parquet")
     assert to_csv(ROWS).startswith(b"preset,algorithm,label,")
+
+
+HEAD = "preset,algorithm,label,seed,round,eval_loss\r\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (HEAD + "a,b,c,1" + "0" * 6000 + ",0,1\r\n").encode(),
+        (HEAD + "a,b,c,0,0," + "x" * 200_000 + "\r\n").encode(),
+        (HEAD + "a,b,c,0,0,1" + ",more" * 1000 + "\r\nq\r\n").encode(),
+        HEAD.encode() + b"\xff,b,c,0,0,1\r\n",
+        HEAD.encode() + b"a\x00,b,c,x,0,1\r\n",
+        bytes(5000),
+        b"[" * 100_000,
+    ],
+)
+def test_a_table_with_odd_content_is_refused(content: bytes, tmp_path: Path) -> None:
+    for name in ("table.csv", "table.parquet"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TableError):
+            read(tmp_path / name)
+
+
+def test_what_is_no_file_is_no_table(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    (tmp_path / "device.parquet").symlink_to("/dev/zero")
+    (tmp_path / "sparse.csv").touch()
+    os.truncate(tmp_path / "sparse.csv", 3 << 30)
+    for path in tmp_path.iterdir():
+        with pytest.raises(TableError, match="cannot be read"):
+            read(path)
+
+
+def test_a_few_bytes_of_parquet_are_not_millions_of_rows(tmp_path: Path) -> None:
+    """A column of one value costs a few bytes, however often it is there."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = 400_000
+    columns = {name: ["a"] * rows for name in ("preset", "algorithm", "label")} | {
+        name: [0] * rows for name in ("seed", "round")
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "table.parquet", use_dictionary=True, compression="zstd")
+    assert (tmp_path / "table.parquet").stat().st_size < 20_000
+    with pytest.raises(TableError, match="has more than 300,000 rows"):
+        read(tmp_path / "table.parquet")
+
+
+def test_parquet_cells_of_other_types_are_refused(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    for odd in ([1], {"a": 1}, b"x", None):
+        row = {"preset": "a", "algorithm": "b", "label": "c", "seed": odd, "round": 0}
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "table.parquet")
+        with pytest.raises(TableError):
+            read(tmp_path / "table.parquet")
