@@ -71,7 +71,8 @@ def identity(context: Context) -> Identity:
     """
     node = context.node_config
     partition = int(node.get("partition-id", 0))
-    data = str(_absolute({"data": str(node.get("data", ""))})["data"])
+    data = str(node.get("data", ""))
+    data = str(_absolute({"data": data})["data"]) if data else ""
     return Identity(client_id(str(node.get("client-id", partition)), ConfigError), partition, data)
 
 

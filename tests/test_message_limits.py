@@ -206,13 +206,14 @@ def test_a_long_message_takes_a_small_multiple_of_its_bytes(width: int) -> None:
 def test_weights_take_a_small_multiple_of_their_bytes(width: int) -> None:
     scalars = np.ones(2_000_000, np.float32)
     update = Update(5, bytes(16), wire.Status.FINISHED, 1, 1, 0.0, scalars, np.zeros(0, np.int64), weights=True)
-    data = wire.encode_update(update, width)
+    data = wire.encode_update(update, width, client="0")
     peak, seconds, said = cost(
         lambda: wire.decode_update(
             data,
             kind=Kind.WEIGHTS,
             round=5,
             digest=bytes(16),
+            client="0",
             max_steps=1,
             blocks=1,
             max_count=1,
@@ -232,7 +233,15 @@ def test_an_update_of_64_kb_is_bounded(width: int) -> None:
         data = (head + counts * 2 * blocks + bytes(MESSAGE))[:MESSAGE]
         said = check(
             lambda data=data, blocks=blocks: wire.decode_update(
-                data, kind=Kind.COORDINATES, round=5, digest=bytes(16), max_steps=1, blocks=blocks, max_count=65535, bits=width
+                data,
+                kind=Kind.COORDINATES,
+                round=5,
+                digest=bytes(16),
+                client="0",
+                max_steps=1,
+                blocks=blocks,
+                max_count=65535,
+                bits=width,
             )
         )
         assert said.startswith("MalformedMessageError")
