@@ -31,10 +31,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+from fedtune import shortage
 from fedtune.bounded import BadJsonError, opened, parse_json, read_file, refuse_special
 from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, RunFolderError
-from fedtune.no_room import why_no_room
 
 CONFIG = "config.json"
 VERSIONS = "versions.json"
@@ -276,10 +276,9 @@ def _explained(target: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = why_no_room(error)
         reason = error.strerror or type(error).__name__
-        if full:
-            text = f"'{target}' could not be {verb}: {full}, or give a folder elsewhere with --out."
+        if short := shortage.disk(error):
+            text = f"'{target}' could not be {verb}: {short}. Free some space or give a folder elsewhere with --out."
         elif verb == "read":
             text = f"'{target}' could not be read: {reason}. Restore it from a copy, or check its permissions."
         else:
