@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from fedtune import wire
+from fedtune import shortage, wire
 from fedtune.algorithms import ALGORITHMS
 from fedtune.algorithms.base import most_pools
 from fedtune.architecture import layout_of_architecture
@@ -24,7 +24,6 @@ from fedtune.directions.base import Pool
 from fedtune.errors import ConfigError, FedtuneError, ModelError, RunFolderError, StaleReplicaError, WireError
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, resolve_model
-from fedtune.no_room import why_no_room
 from fedtune.private import ordinary_mode
 from fedtune.resident import Resident
 from fedtune.run_folder import COEFFICIENTS, RunFolder, check_new
@@ -244,5 +243,5 @@ def _damaged(run: RunFolder, name: str, error: FedtuneError) -> RunFolderError:
 
 
 def _not_written(out: Path, error: OSError) -> RunFolderError:
-    why = why_no_room(error) or error.strerror or type(error).__name__
-    return RunFolderError(f"'{out}' could not be written: {why}, or give another place with --out.")
+    reason = shortage.disk(error) or error.strerror or error
+    return RunFolderError(f"'{out}' could not be written: {reason}. Free some space or give another place with --out.")

@@ -18,110 +18,19 @@ import itertools
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fedtune.chain import Value, as_text, link
+from fedtune.chain import Value, link
 from fedtune.errors import DamagedLedgerError, LedgerError
 from fedtune.ledger_cells import MOST_ROUNDS, Cells
 from fedtune.ledger_file import LEDGER, Steps, begin, check_files, check_kind, connect, explained, lock, sync, to_write
+from fedtune.ledger_rows import Happened, Header, Round, Snapshot, Used
 from fedtune.only_one import OnlyOne
-from fedtune.traffic import Traffic, as_lists, total
+
+__all__ = ["START", "Happened", "Header", "Ledger", "Round", "Snapshot", "Used", "updates_digest"]
 
 START = b"\x00" * 32  # the digest before the header
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a run is, written once.
-
-    Attributes:
-        created: date and time.
-        versions: of the libraries that results depend on.
-        asked, used: settings as given, and all of them.
-        fingerprint, layout, pool: 16, 16 and 8 bytes: base model, order of its parameters, first pool of directions.
-        shapes: name and shape of each trainable tensor in order, so that a ledger can be replayed without the model.
-        partition: 32 bytes over partition.json.
-    """
-
-    created: str
-    versions: Mapping[str, str]
-    asked: Mapping[str, Any]
-    used: Mapping[str, Any]
-    fingerprint: bytes
-    layout: bytes
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    partition: bytes
-    pool: bytes
-
-    def columns(self) -> tuple[Value, ...]:
-        """As stored, without id and digest."""
-        texts = (self.created, as_text(self.versions), as_text(self.asked), as_text(self.used))
-        return (*texts, self.fingerprint, self.layout, as_text(self.shapes), self.partition, self.pool)
-
-
-@dataclass(frozen=True)
-class Used:
-    """An update that a round used: its wire payload, and its weight among those of the round."""
-
-    client: str
-    share: float
-    payload: bytes
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round. `attempt` counts from 1; `traffic` is by client; `seconds` are of its phases, and `cpu_seconds` those of
-    the server's process, which holds the clients too where they are simulated in process; `elapsed` is of the run so far;
-    `state` is the digest of the model after it. Clients that were asked and not refused are those whose updates were used.
-    """
-
-    number: int
-    attempt: int = 1
-    clients: tuple[str, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
-    train_loss: float | None = None
-    traffic: Mapping[str, Traffic] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    cpu_seconds: Mapping[str, float] = field(default_factory=dict)
-    elapsed: float = 0.0
-    state: bytes = b""
-
-    def columns(self) -> tuple[Value, ...]:
-        """As stored, without what chains it."""
-        who = (as_text(list(self.clients)), as_text(self.refused))
-        costs = (as_text(as_lists(self.traffic)), as_text(self.seconds), as_text(self.cpu_seconds))
-        return (self.number, self.attempt, *who, self.train_loss, *costs, self.elapsed, self.state)
-
-    @property
-    def total(self) -> Traffic:
-        """Of all clients."""
-        return total(self.traffic.values())
-
-
-@dataclass(frozen=True)
-class Happened:
-    """An event after round `round`; `kind` says what is in `detail` (docs/ledger.md)."""
-
-    number: int
-    round: int
-    kind: str
-    detail: Mapping[str, Any]
-    elapsed: float
-
-    def columns(self) -> tuple[Value, ...]:
-        """As stored, without what chains it."""
-        return (self.number, self.round, self.kind, as_text(self.detail), self.elapsed)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The state after round `round`: `moves` rounds changed it, `arrays` are its numbers (`fedtune.replay`)."""
-
-    round: int
-    moves: int
-    arrays: bytes
 
 
 class Ledger:
@@ -202,18 +111,7 @@ class Ledger:
     @property
     def header(self) -> Header:
         """What the run is."""
-        cells = self._whole("header")
-        return Header(
-            created=cells.text("created"),
-            versions=cells.texts("versions"),
-            asked=cells.mapping("asked"),
-            used=cells.mapping("used"),
-            fingerprint=cells.blob("fingerprint", 16),
-            layout=cells.blob("layout", 16),
-            shapes=cells.shapes("shapes"),
-            partition=cells.blob("partition", 32),
-            pool=cells.blob("pool", 8),
-        )
+        return Header.of(self._whole("header"))
 
     @property
     def last(self) -> int:
@@ -234,26 +132,13 @@ class Ledger:
             yield found
 
     def _round(self, row: Mapping[str, Any]) -> Round:
-        cells = Cells(self.path, "rounds", f"round {row['number']}", row)
-        return Round(
-            number=cells.whole("number", most=MOST_ROUNDS),
-            attempt=cells.whole("attempt"),
-            clients=cells.names("clients"),
-            refused=cells.texts("refused"),
-            train_loss=cells.real_or_none("train_loss"),
-            traffic=cells.traffic("traffic"),
-            seconds=cells.numbers("seconds"),
-            cpu_seconds=cells.numbers("cpu_seconds"),
-            elapsed=cells.real("elapsed"),
-            state=cells.blob("state", 16),
-        )
+        return Round.of(Cells(self.path, "rounds", f"round {row['number']}", row))
 
     def updates(self, number: int) -> list[Used]:
         """The updates that round `number` used, by client id."""
         found: list[Used] = []
         for row in self._rows("SELECT client, share, payload FROM updates WHERE round = ? ORDER BY client", number):
-            cells = Cells(self.path, "updates", f"an update of round {number}", row)
-            used = Used(cells.text("client"), cells.real("share"), cells.blob("payload"))
+            used = Used.of(Cells(self.path, "updates", f"an update of round {number}", row))
             if found and used.client.encode() <= found[-1].client.encode():
                 raise self._not_in_order("updates", f"round {number}")
             found.append(used)
@@ -263,12 +148,11 @@ class Ledger:
         """All events in order, or those of one kind, or of those the ones after round `after`."""
         where, last = "WHERE ?1 IN ('', kind) AND ?2 IN (-1, round)", 0
         for row in self._rows(f"SELECT * FROM events {where} ORDER BY number", kind, after):
-            cells = Cells(self.path, "events", f"event {row['number']}", row)
-            number, of_kind = cells.whole("number", 1), cells.text("kind")
-            if number <= last:
-                raise self._not_in_order("events", f"event {number}")
-            last, detail = number, cells.detail("detail", of_kind)
-            yield Happened(number, cells.whole("round", most=MOST_ROUNDS), of_kind, detail, cells.real("elapsed"))
+            event = Happened.of(Cells(self.path, "events", f"event {row['number']}", row))
+            if event.number <= last:
+                raise self._not_in_order("events", f"event {event.number}")
+            last = event.number
+            yield event
 
     @property
     def pool_count(self) -> int:
@@ -289,8 +173,7 @@ class Ledger:
     @property
     def snapshot(self) -> Snapshot:
         """The state after the last round."""
-        cells = self._whole("snapshot")
-        return Snapshot(cells.whole("round", most=MOST_ROUNDS), cells.whole("moves", most=MOST_ROUNDS), cells.blob("arrays"))
+        return Snapshot.of(self._whole("snapshot"))
 
     def rows(self, table: str) -> Iterator[tuple[Any, ...]]:
         """The raw columns of a table in the order of its key, for `fedtune.verify`: of any type that SQLite has."""

@@ -8,18 +8,17 @@ also where its pages lead in circles.
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedtune import shortage
 from fedtune.bounded import refuse_special
 from fedtune.errors import DamagedLedgerError, ForeignLedgerError, FullLedgerError, LedgerError, LockedLedgerError
 from fedtune.foreign import for_screen
 from fedtune.ledger_cells import text_of
-from fedtune.no_room import FULL, LIMITED, MEMORY, met_size_limit, why_no_room
 from fedtune.only_one import OnlyOne
 from fedtune.private import opener
 
@@ -29,7 +28,6 @@ BUSY_SECONDS = 10.0
 PATIENCE = 0.5  # seconds that a writer waits for the lock: somebody may just be asking whether it is held
 LARGEST_PAGE = 4096  # of any ledger so far: a page takes its room on the disk, so a small disk holds no large cell
 LARGEST_CELL = 1_000_000_000  # bytes: SQLite's own limit
-NO_ROOM = 1 << 18  # bytes of a disk below which an error of SQLite is one of a full disk
 STEPS = 10_000  # of SQLite's machine between two looks at what a statement has taken
 PAGE = 2048  # bytes; an update of 4,096 coordinates leaves less of its last page empty than with SQLite's 4,096
 
@@ -180,16 +178,19 @@ def check_kind(path: Path, connection: sqlite3.Connection) -> None:
         raise DamagedLedgerError(f"'{path}' does not have the tables of format {FORMAT}: restore it.", row="the tables")
 
 
-_KEPT = "and resume the run; every committed round is kept"
+_NO_ROOM = "{}. Free some space and resume the run; every committed round is kept"
 _HELD = "another process holds it. Close what has it open, and resume the run"
 _CODES: dict[int, tuple[type[LedgerError], str]] = {
-    sqlite3.SQLITE_FULL: (FullLedgerError, f"{FULL} {_KEPT}"),
+    sqlite3.SQLITE_FULL: (FullLedgerError, _NO_ROOM.format(shortage.FULL)),
     sqlite3.SQLITE_BUSY: (LockedLedgerError, _HELD),
     sqlite3.SQLITE_LOCKED: (LockedLedgerError, _HELD),
     sqlite3.SQLITE_CORRUPT: (DamagedLedgerError, "the file is damaged. Restore it from a copy"),
     sqlite3.SQLITE_INTERRUPT: (DamagedLedgerError, "its pages lead in circles. Restore it from a copy"),
     sqlite3.SQLITE_TOOBIG: (DamagedLedgerError, "a cell is larger than the file. Restore it from a copy"),
-    sqlite3.SQLITE_NOMEM: (LedgerError, f"there is not enough memory: {MEMORY} {_KEPT}"),
+    sqlite3.SQLITE_NOMEM: (
+        LedgerError,
+        "memory is short. Raise the limit (ulimit -v) and resume the run; every committed round is kept",
+    ),
     sqlite3.SQLITE_NOTADB: (
         ForeignLedgerError,
         "it is not an SQLite file. Give the folder of a run, or restore it from a copy",
@@ -211,8 +212,10 @@ def explained(path: Path) -> Iterator[None]:
         text = "the names of its tables are damaged. Restore it from a copy"
         raise DamagedLedgerError(f"'{path}' cannot be used: {text}.", path=str(path), row="the tables") from error
     except OSError as error:
-        full = why_no_room(error)
-        kind, text = (FullLedgerError, f"{full} {_KEPT}") if full else (LedgerError, f"{error.strerror}. Check the permissions")
+        short = shortage.disk(error)
+        kind, text = (
+            (FullLedgerError, _NO_ROOM.format(short)) if short else (LedgerError, f"{error.strerror}. Check permissions")
+        )
         raise kind(f"'{path}' cannot be used: {text}.", path=str(path)) from error
 
 
@@ -220,22 +223,11 @@ def _of_sqlite(path: Path, code: int, error: sqlite3.Error) -> tuple[type[Ledger
     """What an error of SQLite is, and what to do; it says "disk I/O error" of a disk without room too."""
     if "decode to UTF-8" in str(error) or "malformed" in str(error):
         return DamagedLedgerError, "a text in it is damaged. Restore it from a copy"
-    full = _no_room(path) if code in _OF_THE_DISK else ""
-    if full:
-        return FullLedgerError, f"{full} {_KEPT}"
+    if code in _OF_THE_DISK and (short := shortage.disk_at(path)):
+        return FullLedgerError, _NO_ROOM.format(short)
     if code in _OF_THE_DISK:
         return LedgerError, f"{error}. Look for a disk or quota without room, a failing disk, and the permissions"
     return _CODES.get(code, (LedgerError, f"{for_screen(str(error))}. Check the disk and the permissions"))
-
-
-def _no_room(path: Path) -> str:
-    """Why nothing more fits beside `path`, "" if something does."""
-    if met_size_limit(max(os.path.getsize(place) for place in (path, f"{path}-wal", path.parent) if os.path.exists(place))):
-        return LIMITED
-    try:
-        return FULL if shutil.disk_usage(path.parent).free < NO_ROOM else ""
-    except OSError:
-        return ""
 
 
 def sync(folder: Path) -> None:

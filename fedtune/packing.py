@@ -27,7 +27,7 @@ Known = Callable[[], PoolCoefficients | None]
 """Gives the coefficients of a pool that the reader has from an earlier round, if any."""
 
 WIDEST = 25  # bits of a difference of two coefficients of 24 bits
-LARGEST = 2**23 - 1  # the largest coefficient of any grid
+LARGEST = 2**23 - 1  # the largest coefficient of a grid of 24 bits, the widest whose coefficients are summed
 LONGEST_PREFIX = 65535  # lengths are 16-bit numbers
 PREFIX_ROOM = 1 << 24
 """Bytes that the pools of one message may take when they are read from prefixes, the one form whose bytes do not grow with L K.

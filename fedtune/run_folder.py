@@ -32,11 +32,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+from fedtune import shortage
 from fedtune.bounded import BadJsonError, opened, parse_json, read_file, refuse_special
 from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, RunFolderError
 from fedtune.foreign import for_json
-from fedtune.no_room import why_no_room
 from fedtune.private import make_folder, opener
 
 CONFIG = "config.json"
@@ -281,10 +281,9 @@ def _explained(target: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = why_no_room(error)
         reason = error.strerror or type(error).__name__
-        if full:
-            text = f"'{target}' could not be {verb}: {full}, or give a folder elsewhere with --out."
+        if short := shortage.disk(error):
+            text = f"'{target}' could not be {verb}: {short}. Free some space or give a folder elsewhere with --out."
         elif verb == "read":
             text = f"'{target}' could not be read: {reason}. Restore it from a copy, or check its permissions."
         else:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import ledger_file, private
+from fedtune import private, shortage
 from fedtune.cli import main
 from fedtune.cli.main import _explain
 from fedtune.config import RunConfig
@@ -22,7 +22,6 @@ from fedtune.control import CONTROL, Command, Order, send
 from fedtune.errors import FullLedgerError, RunFolderError
 from fedtune.ledger import Header, Ledger, Round, Snapshot
 from fedtune.ledger_file import explained
-from fedtune.no_room import memory_is_short
 from fedtune.run_folder import RunFolder, replace_file
 
 
@@ -138,7 +137,7 @@ def test_a_limit_on_files_is_called_so(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _LIMITED, str(tmp_path)], capture_output=True, text=True, env=environment, check=True
     )
-    assert "a limit on the size of a file was met (ulimit -f). Raise it and resume the run" in done.stdout
+    assert "a limit on the size of files is reached (ulimit -f). Free some space and resume the run" in done.stdout
     with Ledger.open(tmp_path) as ledger:
         assert ledger.last == int(done.stdout.split()[0]) - 1
 
@@ -149,10 +148,10 @@ def test_a_disk_without_room_for_the_files_beside_the_ledger_is_called_full(
     """A very small disk: SQLite says "disk I/O error" when it cannot make its index."""
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
-    monkeypatch.setattr(ledger_file.shutil, "disk_usage", lambda path: resource_usage(free=4096))
+    monkeypatch.setattr(shortage.shutil, "disk_usage", lambda path: resource_usage(free=4096))
     with pytest.raises(FullLedgerError, match="the disk is full"), explained(tmp_path / "ledger.sqlite"):
         raise error
-    with pytest.raises(RunFolderError, match="size of a file was met"):
+    with pytest.raises(RunFolderError, match="size of files is reached"):
         raise_in_run_folder(tmp_path)
 
 
@@ -184,15 +183,15 @@ def raise_in_run_folder(folder: Path) -> None:
 )
 def test_too_little_memory_is_called_so(error: Exception) -> None:
     said, code = _explain(error)
-    assert said.startswith("There is not enough memory: ")
+    assert said.startswith("Memory is short: ")
     assert code == 1
 
 
 def test_memory_is_short_also_where_a_library_hides_it() -> None:
     hidden = ValueError("could not load")
     hidden.__context__ = MemoryError()
-    assert memory_is_short(hidden)
-    assert not memory_is_short(ValueError("out of memory"))  # what a text says that nobody allocated
+    assert shortage.memory(hidden)
+    assert not shortage.memory(ValueError("out of memory"))  # what a text says that nobody allocated
 
 
 def test_the_umask_of_other_threads_is_not_touched(tmp_path: Path) -> None:

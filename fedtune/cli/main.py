@@ -15,6 +15,7 @@ import click
 import typer
 
 import fedtune
+from fedtune import shortage
 from fedtune.cli.apply import apply
 from fedtune.cli.compare import compare
 from fedtune.cli.data import data_app
@@ -34,7 +35,6 @@ from fedtune.cli.simulate import simulate
 from fedtune.cli.sweep import sweep
 from fedtune.cli.worker import worker
 from fedtune.errors import EngineError, FedtuneError, Interrupted
-from fedtune.no_room import MEMORY, memory_is_short, why_no_room
 
 FAILED, MISTYPED, INTERRUPTED = 1, 2, 130
 
@@ -127,20 +127,19 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return str(error), INTERRUPTED
         case KeyboardInterrupt() | click.Abort():
             return "Stopped at once; the round in hand is lost, those before are in the run folder.", INTERRUPTED
-        case FedtuneError() | click.ClickException() if not _of_the_system(error):
-            return str(error), FAILED
-    words = " ".join(str(error).split())  # a library's error may be a page
-    what = _sentence(f"{type(error).__name__}: {words}".rstrip(": "))
-    return _of_the_system(error) or f"Unexpected {what} Run it again with --debug for the traceback.", FAILED
+        case FedtuneError() | click.ClickException():
+            return (_NO_MEMORY if shortage.memory(error) else "{}").format(error), FAILED
+        case _:
+            words = " ".join(str(error).split())  # a library's error may be a page
+            what = _sentence(f"{type(error).__name__}: {words}".rstrip(": "))
+            return (_NO_MEMORY if shortage.memory(error) else _UNEXPECTED).format(what), FAILED
 
 
-def _of_the_system(error: BaseException) -> str:
-    """What is printed if memory or the disk ran out, whatever a library made of it; "" for another error."""
-    if memory_is_short(error):
-        return f"There is not enough memory: {MEMORY}, or choose smaller settings; `fedtune estimate` says what a run needs."
-    if isinstance(error, OSError) and (why := why_no_room(error)):
-        return f"'{error.filename or 'A file'}' could not be written: {why}."
-    return ""
+_UNEXPECTED = "Unexpected {} Run it again with --debug for the traceback."
+_NO_MEMORY = (
+    "Memory is short: {} Raise the limit (ulimit -v, the container's), or take fewer workers, a smaller batch_size, "
+    "dtype = bfloat16 or a smaller model."
+)
 
 
 def _tail(error: BaseException) -> list[str]:

@@ -70,7 +70,7 @@ def test_extra_columns_are_left_out_and_optional_ones_may_be_missing(tmp_path: P
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("preset,algorithm\np,a\n", "has no label, seed, round"),
+        ("preset,algorithm\np,a\n", "has no column label, seed, round"),
         (f"{','.join(COLUMNS)}\np,a,A,0,one{',' * 12}\n", "is damaged"),
         ("\udc80", "cannot be read"),
     ],
