@@ -19,7 +19,7 @@ from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig
 from fedtune.delta import Delta, encode
 from fedtune.directions.base import Pool
-from fedtune.errors import MalformedMessageError, ModelError, RunFolderError
+from fedtune.errors import MalformedMessageError, ModelError, RunFolderError, UnchangedError
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, resolve_model
 from fedtune.resident import Resident
@@ -31,12 +31,20 @@ FINAL = COEFFICIENTS
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the folder or file, the state's round and digest, and the bytes."""
+    """What was written: folder or file, the state's round and digest, the bytes; `base`: it is the base model itself."""
 
     path: Path
     round: int
     digest: str
     bytes: int
+    base: bool = False
+
+    @property
+    def what(self) -> str:
+        """Which model it is, in words."""
+        return f"the model after round {self.round}" + (
+            ", which is the base model: no update has moved it" if self.base else ""
+        )
 
 
 def load_tuned(run: RunFolder, name: str = FINAL, model: str = "") -> tuple[LanguageModel, int, bytes]:
@@ -60,16 +68,36 @@ def load_tuned(run: RunFolder, name: str = FINAL, model: str = "") -> tuple[Lang
     return here.language_model, complete.round - 1, complete.digest
 
 
-def export_run(run: RunFolder, out: Path, name: str = FINAL, model: str = "") -> Exported:
+def export_run(run: RunFolder, out: Path, name: str = FINAL, model: str = "", base: bool = False) -> Exported:
     """Write the tuned model of `run` to the new folder `out`, loadable with AutoModelForCausalLM.from_pretrained.
 
+    Args:
+        base: write it also if no update has moved it, so that it is the base model.
+
     Raises:
+        UnchangedError: it is the base model, and `base` is false.
         RunFolderError: `out` exists or cannot be written, or see `load_tuned`. ModelError: see `load_tuned`.
     """
     check_new(out)
+    found = is_base(run, name)
+    if found and not base:
+        raise _nothing_tuned(run, name)
     lm, round, digest = load_tuned(run, name, model)
     lm = replace(lm, model=ALGORITHMS[run.config().algorithm].merge(lm.model))
-    return Exported(out, round, digest.hex(), write_folder(lm, out))
+    return Exported(out, round, digest.hex(), write_folder(lm, out), found)
+
+
+def is_base(run: RunFolder, name: str = FINAL) -> bool:
+    """Whether the stored model of a run is the base model itself: no update has moved it.
+
+    Raises:
+        RunFolderError: the folder has no coefficients, or damaged ones.
+    """
+    try:
+        digest, fingerprint = wire.named_state(run.read_bytes(name))
+    except MalformedMessageError as error:
+        raise _damaged(run, name, error) from None
+    return digest == Coefficients(()).digest(fingerprint)
 
 
 def delta_of_run(run: RunFolder, name: str = FINAL, model: str = "") -> Delta:
@@ -104,13 +132,17 @@ def delta_of_run(run: RunFolder, name: str = FINAL, model: str = "") -> Delta:
     )
 
 
-def export_delta(run: RunFolder, out: Path, name: str = FINAL, model: str = "") -> Exported:
-    """Write the tuned model of `run` to the new file `out`, as a delta.
+def export_delta(run: RunFolder, out: Path, name: str = FINAL, model: str = "", base: bool = False) -> Exported:
+    """Write the tuned model of `run` to the new file `out`, as a delta; `base` as for `export_run`.
 
     Raises:
+        UnchangedError: it is the base model, and `base` is false.
         RunFolderError: `out` exists or cannot be written, or see `load_tuned`. ModelError: see `load_tuned`.
     """
     check_new(out)
+    found = is_base(run, name)
+    if found and not base:
+        raise _nothing_tuned(run, name)
     delta = delta_of_run(run, name, model)
     data = encode(delta)
     partial = out.with_name(f".{out.name}.partial")
@@ -126,7 +158,7 @@ def export_delta(run: RunFolder, out: Path, name: str = FINAL, model: str = "") 
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-    return Exported(out, delta.round, delta.digest.hex(), len(data))
+    return Exported(out, delta.round, delta.digest.hex(), len(data), found)
 
 
 def _config(run: RunFolder, model: str) -> RunConfig:
@@ -145,7 +177,7 @@ def _coefficients(run: RunFolder, name: str, config: RunConfig, layout: Layout) 
     try:
         return wire.decode_instruction(run.read_bytes(name), pool_at, most, layout.blocks, config.coefficient_bits)
     except MalformedMessageError as error:
-        raise RunFolderError(f"'{run.path / name}' is damaged ({error}) Restore it from a copy.", name=name) from None
+        raise _damaged(run, name, error) from None
 
 
 def _base_name(config: RunConfig) -> str:
@@ -180,6 +212,19 @@ def _save(lm: LanguageModel, folder: Path) -> None:
     model.config.use_cache = True  # switched off for training
     model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
+
+
+def _damaged(run: RunFolder, name: str, error: MalformedMessageError) -> RunFolderError:
+    return RunFolderError(f"'{run.path / name}' is damaged ({error}) Restore it from a copy.", name=name)
+
+
+def _nothing_tuned(run: RunFolder, name: str) -> UnchangedError:
+    why = (
+        "no update has moved it (`fedtune ledger show` has the reasons of every round)"
+        if name == FINAL
+        else "no round has a lower held-out loss"
+    )
+    return UnchangedError(f"The model of '{run.path}' is the base model: {why}. --base writes it all the same.")
 
 
 def _another_base(config: RunConfig, expected: bytes, got: bytes) -> ModelError:

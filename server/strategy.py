@@ -54,6 +54,7 @@ class Tally:
 
     Attributes:
         clients: those that were asked; `refused` has the reason for each whose update was not used.
+        problems: the errors among those reasons that a client answered with.
         updates, payloads: of the others, as read and as received.
         short: too few updates were usable, so none was used.
         traffic: bytes and messages by client.
@@ -61,6 +62,7 @@ class Tally:
 
     clients: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, FedtuneError] = field(default_factory=dict)
     updates: dict[str, Update] = field(default_factory=dict)
     payloads: dict[str, bytes] = field(default_factory=dict)
     short: bool = False
@@ -216,7 +218,7 @@ class CoefficientStrategy(Strategy):
                 self.clients[client].known = None if newest.pool.disjoint else newest
                 self._finished(server_round, client, "")
             except FedtuneError as problem:
-                self.clients[client].known = None
+                self.clients[client].known, tally.problems[client] = None, problem
                 self._finished(server_round, client, f"{type(problem).__name__}: {problem}")
         for client in sorted(client_of.values(), key=natural_order):
             self.clients[client].known = None
@@ -322,7 +324,9 @@ class CoefficientStrategy(Strategy):
 def _content(reply: Message) -> ConfigRecord:
     """The record of a reply. Raises the client's problem as the error type it names, or RunError for a crash."""
     if reply.has_error():
-        raise errors.RunError(f"the client failed (Flower code {reply.error.code}): {reply.error.reason}")
+        raise errors.RunError(
+            f"the client failed (Flower code {reply.error.code}): {reply.error.reason}", code=reply.error.code
+        )
     record = reply.content.config_records.get(RECORD)
     if record is None:
         raise errors.MalformedMessageError("The reply has no fedtune record.")

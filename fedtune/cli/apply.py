@@ -40,7 +40,7 @@ def apply(
     with listening(say):
         done = apply_delta(base, Path(file), Path(out), revision, trust_remote_code)
     for line in (
-        f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest} (verified)",
+        f"'{done.path}': {done.what}, {in_bytes(done.bytes)}, digest {done.digest} (verified)",
         f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',
     ):
         console.print(line, markup=False, soft_wrap=True)

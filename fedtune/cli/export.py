@@ -30,6 +30,7 @@ def export(
         str, typer.Option("--model", metavar="MODEL", help="Where the base model is now, if it moved.", show_default=False)
     ] = "",
     best: Annotated[bool, typer.Option("--best", help="The round with the lowest held-out loss instead of the last.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Also if no update has moved the model: the base.")] = False,
 ) -> None:
     """Write the tuned model as a Hugging Face folder that AutoModelForCausalLM.from_pretrained loads, or as a delta.
 
@@ -38,7 +39,8 @@ def export(
     [bold]fedtune export runs/demo_fedkseed-20250101-120000 --format delta --out tuned.safetensors[/bold]
 
     A folder is rebuilt from the base model and the run's coefficients and checked against the run's digest. A delta is a
-    file of kilobytes; whoever has the base model makes the same weights of it with `fedtune apply`.
+    file of kilobytes; whoever has the base model makes the same weights of it with `fedtune apply`. A model that no update
+    has moved is not written without --base.
     """
     folder = RunFolder.open(run)
     check_new(out)
@@ -49,13 +51,13 @@ def export(
     from fedtune.run_folder import BEST
 
     write = export_run if form is Format.hf else export_delta
-    done = write(folder, Path(out), BEST if best else FINAL, model)
+    done = write(folder, Path(out), BEST if best else FINAL, model, base)
     use = {
         Format.hf: f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',
         Format.delta: f"`fedtune apply BASE {done.path} --out DIR` makes the model of it.",
     }
     for line in (
-        f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest}",
+        f"'{done.path}': {done.what}, {in_bytes(done.bytes)}, digest {done.digest}",
         use[form],
     ):
         console.print(line, markup=False, soft_wrap=True)
