@@ -28,11 +28,11 @@ demo: $(VENV)/.stamp-package
 
 test: check
 	@echo "== tests"
-	@$(BIN)/python -m pytest -q -m "not gpu and not deployment and not faults and not long" -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -q -m "not gpu and not deployment and not faults and not long and not fuzz" -n 2 --dist worksteal
 
 test-deployment: $(VENV)/.stamp-dev
 	@echo "== tests of deployments, of processes that die, and long ones (nginx is needed: apt install nginx-light)"
-	@$(BIN)/python -m pytest -q -m "(deployment or faults or long) and not gpu"
+	@$(BIN)/python -m pytest -q -m "(deployment or faults or long) and not gpu and not fuzz"
 
 check: $(VENV)/.stamp-dev
 	@echo "== ruff"

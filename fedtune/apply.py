@@ -57,7 +57,8 @@ def apply_delta(base: str, path: Path, out: Path, revision: str = "", trust_remo
             got=replica.fingerprint.hex(),
         )
     replica.become(delta.coefficients, delta.digest)
-    return Exported(out, delta.round, delta.digest.hex(), write_folder(lm, out))
+    unchanged = all(pool.is_zero for pool in delta.pools)
+    return Exported(out, delta.round, delta.digest.hex(), write_folder(lm, out), unchanged)
 
 
 def _other_weights(lm: LanguageModel, delta: Delta) -> str:

@@ -35,6 +35,7 @@ FedtuneError                     anything below; the command line prints it as o
       LockedLedgerError          another process writes it
       FullLedgerError            no room on the disk for the next row; what is committed stays
     DivergedError                too few clients returned a usable update for several rounds
+    UnchangedError               the model of the run is still the base model: no update has moved it
     EngineError                  a Flower process failed; carries its last lines
     Interrupted                  stopped by the user after a step in hand; what is stored stays valid
 
@@ -196,6 +197,10 @@ class FullLedgerError(LedgerError):
 
 class DivergedError(RunError):
     """Too few clients returned a usable update, several rounds in a row."""
+
+
+class UnchangedError(RunError):
+    """The model of a run is still the base model: no update has moved it."""
 
 
 class EngineError(RunError):

@@ -22,6 +22,7 @@ from fedtune.config import RunConfig
 from fedtune.data.batches import IGNORED, Batch, collate
 from fedtune.data.encode import Encoded
 from fedtune.data.samples import Sample
+from fedtune.errors import ModelError
 from fedtune.models import LanguageModel, position_limit
 from fedtune.progress import EvaluationStep, check_stop, emit
 from fedtune.rouge import rouge_l, rouge_l_papers
@@ -68,7 +69,7 @@ class Evaluation:
 
     `loss` is the mean over all `tokens`, `perplexity` its exponential, and `loss_sample_mean` the mean over `samples` of
     each sample's mean token loss (the measure of the papers' codes). A model that has diverged is not hidden: one
-    non-finite token makes all three non-finite.
+    non-finite token makes all three non-finite; `lost` is the number of samples with one.
     """
 
     loss: float
@@ -76,11 +77,24 @@ class Evaluation:
     loss_sample_mean: float
     tokens: int
     samples: int
+    lost: int = 0
 
     @property
     def finite(self) -> bool:
         """Whether the model is usable: every held-out loss is a finite number."""
         return math.isfinite(self.loss)
+
+    def check_base(self, source: str, dtype: str) -> None:
+        """Of a model that nobody has tuned yet, whose weights are finite: raise ModelError if its loss is not."""
+        if self.finite:
+            return
+        narrow = " set dtype = float32 (its activations may overflow in float16)," if dtype == "float16" else ""
+        raise ModelError(
+            f"The held-out loss of the base model '{source}' is not finite, for {self.lost:,} of {self.samples:,} samples, so "
+            f"nothing can be learned:{narrow} give another model, or correct the held-out samples (`fedtune data show`).",
+            lost=self.lost,
+            samples=self.samples,
+        )
 
 
 @torch.no_grad()
@@ -121,7 +135,7 @@ def _response_sums(lm: LanguageModel, samples: Sequence[Encoded]) -> list[float]
 def _evaluation(sums: Sequence[float], tokens: Sequence[int]) -> Evaluation:
     loss = _total(sums) / sum(tokens)
     mean = _total([value / count for value, count in zip(sums, tokens, strict=True)]) / len(sums)
-    return Evaluation(loss, _exp(loss), mean, sum(tokens), len(sums))
+    return Evaluation(loss, _exp(loss), mean, sum(tokens), len(sums), sum(not math.isfinite(value) for value in sums))
 
 
 def _total(values: Sequence[float]) -> float:

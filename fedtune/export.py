@@ -21,7 +21,16 @@ from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig, Scalar
 from fedtune.delta import Delta, encode
 from fedtune.directions.base import Pool
-from fedtune.errors import ConfigError, FedtuneError, ModelError, RunFolderError, StaleReplicaError, WireError
+from fedtune.errors import (
+    ConfigError,
+    FedtuneError,
+    MalformedMessageError,
+    ModelError,
+    RunFolderError,
+    StaleReplicaError,
+    UnchangedError,
+    WireError,
+)
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, resolve_model
 from fedtune.private import ordinary_mode
@@ -35,12 +44,20 @@ FINAL = COEFFICIENTS
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the folder or file, the state's round and digest, and the bytes."""
+    """What was written: folder or file, the state's round and digest, the bytes; `base`: it is the base model itself."""
 
     path: Path
     round: int
     digest: str
     bytes: int
+    unchanged: bool = False
+
+    @property
+    def what(self) -> str:
+        """Which model it is, in words."""
+        return f"the model after round {self.round}" + (
+            ", which is the base model: no update has moved it" if self.unchanged else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -86,16 +103,36 @@ def load_tuned(run: RunFolder, name: str = FINAL, base: Base = AS_STORED) -> tup
     return here.language_model, complete.round - 1, complete.digest
 
 
-def export_run(run: RunFolder, out: Path, name: str = FINAL, base: Base = AS_STORED) -> Exported:
+def export_run(run: RunFolder, out: Path, name: str = FINAL, base: Base = AS_STORED, unchanged: bool = False) -> Exported:
     """Write the tuned model of `run` to the new folder `out`, loadable with AutoModelForCausalLM.from_pretrained.
 
+    Args:
+        unchanged: write it also if no update has moved it, so that it is the base model.
+
     Raises:
+        UnchangedError: it is the base model, and `unchanged` is false.
         RunFolderError: `out` exists or cannot be written, or see `load_tuned`. ModelError: see `load_tuned`.
     """
     check_new(out)
+    found = is_base(run, name)
+    if found and not unchanged:
+        raise _nothing_tuned(run, name)
     lm, round, digest = load_tuned(run, name, base)
     lm = replace(lm, model=ALGORITHMS[run.config().algorithm].merge(lm.model))
-    return Exported(out, round, digest.hex(), write_folder(lm, out))
+    return Exported(out, round, digest.hex(), write_folder(lm, out), found)
+
+
+def is_base(run: RunFolder, name: str = FINAL) -> bool:
+    """Whether the stored model of a run is the base model itself: no update has moved it.
+
+    Raises:
+        RunFolderError: the folder has no coefficients, or damaged ones.
+    """
+    try:
+        digest, fingerprint = wire.named_state(run.read_bytes(name))
+    except MalformedMessageError as error:
+        raise _damaged(run, name, error) from None
+    return digest == Coefficients(()).digest(fingerprint)
 
 
 def delta_of_run(run: RunFolder, name: str = FINAL, base: Base = AS_STORED, ways: Ways = EXPORT) -> Delta:
@@ -131,13 +168,17 @@ def delta_of_run(run: RunFolder, name: str = FINAL, base: Base = AS_STORED, ways
     )
 
 
-def export_delta(run: RunFolder, out: Path, name: str = FINAL, base: Base = AS_STORED) -> Exported:
-    """Write the tuned model of `run` to the new file `out`, as a delta.
+def export_delta(run: RunFolder, out: Path, name: str = FINAL, base: Base = AS_STORED, unchanged: bool = False) -> Exported:
+    """Write the tuned model of `run` to the new file `out`, as a delta; `unchanged` as for `export_run`.
 
     Raises:
+        UnchangedError: it is the base model, and `unchanged` is false.
         RunFolderError: `out` exists or cannot be written, or see `load_tuned`. ModelError: see `load_tuned`.
     """
     check_new(out)
+    found = is_base(run, name)
+    if found and not unchanged:
+        raise _nothing_tuned(run, name)
     delta = delta_of_run(run, name, base)
     data = encode(delta)
     partial = out.with_name(f".{out.name}.partial")
@@ -153,7 +194,7 @@ def export_delta(run: RunFolder, out: Path, name: str = FINAL, base: Base = AS_S
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-    return Exported(out, delta.round, delta.digest.hex(), len(data))
+    return Exported(out, delta.round, delta.digest.hex(), len(data), found)
 
 
 def _config(run: RunFolder, base: Base, ways: Ways = EXPORT, *, weights: bool = True) -> RunConfig:
@@ -228,6 +269,15 @@ def _save(lm: LanguageModel, folder: Path) -> None:
     mode = ordinary_mode(folder)
     for path in filter(Path.is_file, folder.rglob("*")):
         path.chmod(mode)  # safetensors keeps its files to their owner, unlike everything beside them
+
+
+def _nothing_tuned(run: RunFolder, name: str) -> UnchangedError:
+    why = (
+        "no update has moved it (`fedtune ledger show` has the reasons of every round)"
+        if name == FINAL
+        else "no round has a lower held-out loss"
+    )
+    return UnchangedError(f"The model of '{run.path}' is the base model: {why}. --base writes it all the same.")
 
 
 def _another_base(config: RunConfig, expected: bytes, got: bytes) -> ModelError:

@@ -8,6 +8,7 @@ The gaps are positions that no element has. Tied tensors are one parameter and h
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,15 +117,52 @@ def fingerprint(model: torch.nn.Module) -> bytes:
     """16 bytes over the names, shapes, dtypes and bits of the trainable parameters: which base model this is.
 
     Frozen parameters, which adapters stand beside, follow the trainable ones.
+
+    Raises:
+        ModelError: a weight is NaN or infinite; names the first tensor with one, and how many there are. The pass over the
+            weights that names them is the one that checks them.
     """
     state = hashlib.sha256()
+    lost: dict[str, tuple[torch.nn.Parameter, int]] = {}
     frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
     for name, parameter in (*trainable(model), *frozen):
         state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         flat = parameter.detach().reshape(-1)
+        count = 0
         for chunk in torch.split(flat, 1 << 24):
-            state.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
+            here = chunk.cpu().contiguous()
+            state.update(here.view(torch.uint8).numpy().data)
+            count += _not_finite(here)
+        if count:
+            lost[name] = (parameter, count)
+    if lost:
+        raise _not_numbers(lost)
     return state.digest()[:16]
+
+
+def _not_finite(values: torch.Tensor) -> int:
+    """How many of `values` are NaN or infinite. Costs a fifth of the hash: `aminmax` is NaN if one of them is."""
+    if not values.is_floating_point() or not values.numel():
+        return 0
+    least, most = (float(value) for value in torch.aminmax(values))
+    return 0 if math.isfinite(least) and math.isfinite(most) else int((~torch.isfinite(values)).sum())
+
+
+def _not_numbers(lost: dict[str, tuple[torch.nn.Parameter, int]]) -> ModelError:
+    """What is wrong with the weights, by name: parameter and number of those of its elements that are not finite."""
+    name, (parameter, count) = next(iter(lost.items()))
+    others = f", and {len(lost) - 1} more tensors have such" if len(lost) > 1 else ""
+    largest = torch.finfo(parameter.dtype).max
+    overflow = (
+        f", or set dtype = float32 if they were finite before they became {parameter.dtype} (up to {largest:.6g})"
+        if parameter.dtype is not torch.float32
+        else ""
+    )
+    return ModelError(
+        f"The base model cannot be used: {count:,} of {parameter.numel():,} weights of '{name}' are NaN or infinite{others}. "
+        f"Nothing can be learned from there. Get the weights again{overflow}.",
+        tensors={tensor: number for tensor, (_, number) in lost.items()},
+    )
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -218,6 +218,14 @@ def _nothing() -> None:
     """What the reader has of a pool that is not the first."""
 
 
+def named_state(data: bytes) -> tuple[bytes, bytes]:
+    """What the head of an instruction says: digest of its model, fingerprint of the base. Raises MalformedMessageError."""
+    reader = Reader(data)
+    _read_head(reader, Kind.INSTRUCTION)
+    fingerprint, _, digest, _, _ = reader.unpack(_INSTRUCTION)
+    return digest, fingerprint
+
+
 def _take_u16(reader: Reader, count: int) -> U16:
     return np.frombuffer(reader.take(2 * count), dtype="<u2").astype(np.uint16)
 

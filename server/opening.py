@@ -100,8 +100,14 @@ def _carry_on(asked: RunConfig) -> Opened:
         ledger.close()
         raise
     news = [f"{name} is {now[name]} now; it was {older[name]}. " + _LIBRARY for name in now if now[name] != older.get(name)]
-    begun = f"Going on after round {ledger.last} of {going_on.config.rounds}, digest {rules.digest(state).hex()}."
+    begun = _begun(ledger.last, going_on.config.rounds, rules.digest(state).hex())
     return Opened(going_on.config, folder, ledger, rules, state, (begun, *going_on.news, *going_on.unused, *news))
+
+
+def _begun(last: int, rounds: int, digest: str) -> str:
+    if last >= rounds:
+        return f"All {rounds} rounds were done before, digest {digest}: none is run. --set rounds=MORE would go on."
+    return f"Going on after round {last} of {rounds}, digest {digest}."
 
 
 _LIBRARY = "Rounds from here on may differ in their last digits from those of the earlier process."

@@ -73,10 +73,14 @@ class Operator:
 
     def _check(self, order: Order) -> None:
         """Refuse to drop an unknown client, or the last one. Before clients have introduced themselves any id is taken."""
-        if order.command is not Command.DROP or not self.strategy.clients:
+        if order.command is not Command.DROP or order.client in self.strategy.dropped:
+            return
+        if not self.strategy.clients:
+            if self.strategy.roster.wanted <= 1:
+                raise ControlError(f"Client {order.client} would be the last one: stop the run instead.")
             return
         left = set(self.strategy.clients) - {order.client}
-        if order.client not in {*self.strategy.clients, *self.strategy.dropped}:
+        if order.client not in self.strategy.clients:
             raise ControlError(f"There is no client {order.client!r}: `fedtune ledger show` lists them.")
         if not left:
             raise ControlError(f"Client {order.client} is the last one: stop the run instead.")

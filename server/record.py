@@ -238,6 +238,8 @@ def summarise(
         "serialised_bytes_up_per_client_round": _each(sent.serialised_up, sent.messages_up),
         "serialised_bytes_down_per_client_round": _each(sent.serialised_down, sent.messages_down),
         "fedavg_bytes": 2 * BYTES_PER_WEIGHT * base * sent.messages_down,
+        "rounds_used": sum(len(row["clients"]) > len(row["refused"]) for row in rows[1:]),
+        "updates_used": sum(len(row["clients"]) - len(row["refused"]) for row in rows),
         "updates_refused": sum(len(row["refused"]) for row in rows),
         "seconds": seconds,
         "cpu_seconds": round(sum(sum(row["cpu_seconds"].values()) for row in rows), 3),

@@ -37,7 +37,8 @@ def content_of(reply: Message) -> ConfigRecord:
     """
     if reply.has_error():
         reason = for_file(str(reply.error.reason), LONGEST_SAID)
-        raise RunError(f"the client failed (Flower code {reply.error.code}): {reason}")
+        code = reply.error.code
+        raise RunError(f"the client failed (Flower code {code}): {reason}", code=code)
     record = record_of(reply)
     if record is None:
         raise MalformedMessageError("The reply has no fedtune record.")

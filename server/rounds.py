@@ -22,6 +22,7 @@ from server.exchange import POLL_SECONDS, Patience, exchange
 from server.newcomers import Newcomers
 from server.opening import Opened
 from server.operate import Operator
+from server.outcome import failed_alike, unchanged
 from server.phases import Phases
 from server.record import Record
 from server.replies import is_behind, looks_usable
@@ -56,7 +57,8 @@ class Run:
         """All rounds that are left; returns the summary, which is also written to the folder.
 
         Raises:
-            FedtuneError: a typed reason, with everything up to the last finished round kept.
+            FedtuneError: a typed reason, with everything up to the last finished round kept. UnchangedError: all rounds are
+                done, summary.json is written, and the model is still the base model.
         """
         self._announce()
         pending = self._catch_up()
@@ -74,8 +76,11 @@ class Run:
                 raise self._too_short()
         self._between_rounds()
         summary = self.record.finish(self.here.replica.layout.numel, base_size(self.here.replica.model))
-        self.operator.say(Doing.FINISHED)
         emit(RunFinished(summary))
+        nothing = unchanged(self.record.rows)
+        if nothing:
+            raise nothing
+        self.operator.say(Doing.FINISHED)
         return summary
 
     def _greet(self) -> None:
@@ -151,12 +156,20 @@ class Run:
     # ------------------------------------------------------------------ a round
 
     def _round(self, number: int) -> bool:
-        """One attempt at round `number`, and what follows from it; returns whether it had enough usable updates."""
+        """One attempt at round `number`, and what follows from it; returns whether it had enough usable updates.
+
+        Raises:
+            FedtuneError: no round has moved the model so far, and every client failed for the same reason.
+        """
         self._phases = Phases()
         self._train(number, self.record.attempts(number) + 1)
         tally = self.strategy.tally
-        if tally.short and self.config.short_round == "repeat":
+        known = 1 if self.config.alone else len(self.strategy.clients)
+        everybody = None if self.strategy.state.round else failed_alike(tally, known)
+        if everybody or (tally.short and self.config.short_round == "repeat"):
             self.record.commit_attempt(number, tally, self._phases)
+            if everybody:
+                raise everybody  # the round was not run: once that is mended, a resume asks it again
             emit(Note(f"Round {number} had {len(tally.payloads)} usable updates and is asked again.", warning=True))
             return False
         self.record.commit(number, tally, self._phases, self.strategy.state)
@@ -201,6 +214,8 @@ class Run:
             here.replica.become(self.strategy.model, self.strategy.digest)
         with self._phases.measure("evaluate"):
             loss = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
+        if number == 0:
+            loss.check_base(here.language_model.source, config.dtype)
         if not loss.finite:
             emit(Note(f"The held-out loss after round {number} is not finite: lower lr or server_lr.", warning=True))
         text = None

@@ -42,6 +42,7 @@ class Tally:
 
     Attributes:
         clients: those that were asked; `refused` has the reason for each whose update was not used.
+        problems: the errors among those reasons that a client answered with.
         updates, payloads: of the others, as read and as received.
         short: too few updates were usable, so none was used.
         closed: why those that did not answer were not waited for any more.
@@ -50,6 +51,7 @@ class Tally:
 
     clients: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, FedtuneError] = field(default_factory=dict)
     updates: dict[str, Update] = field(default_factory=dict)
     payloads: dict[str, bytes] = field(default_factory=dict)
     short: bool = False
@@ -176,7 +178,7 @@ class CoefficientStrategy(Strategy):
         try:
             self.tally.updates[client], self.tally.payloads[client] = self._read(server_round, client, reply)
         except FedtuneError as problem:
-            known.known = None
+            known.known, self.tally.problems[client] = None, problem
             if isinstance(problem, MismatchError):
                 self.roster.ask_again(client)
             self._finished(server_round, client, f"{type(problem).__name__}: {problem}")

@@ -67,3 +67,28 @@ def test_what_cannot_be_tuned_is_refused() -> None:
         trainable(frozen)
     with pytest.raises(ModelError, match=r"'weight' is torch\.float64"):
         trainable(torch.nn.Linear(2, 2).double())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named_and_counted(tiny_lm: LanguageModel, value: float) -> None:
+    """In a frozen tensor as in a trained one."""
+    named = dict(tiny_lm.model.named_parameters())
+    with torch.no_grad():
+        named["model.norm.weight"][[3, 5]] = value
+    with pytest.raises(ModelError, match=r"2 of 32 weights of 'model\.norm\.weight' are NaN or infinite\. .*again\.$") as one:
+        fingerprint(tiny_lm.model)
+    assert one.value.facts["tensors"] == {"model.norm.weight": 2}
+    named["model.norm.weight"].requires_grad_(False)
+    with torch.no_grad():
+        named["model.embed_tokens.weight"].view(-1)[0] = value
+    with pytest.raises(ModelError, match=r"'model\.embed_tokens\.weight' are NaN or infinite, and 1 more tensors have such"):
+        fingerprint(tiny_lm.model)
+
+
+def test_weights_that_overflow_in_their_dtype_are_told_from_damaged_ones(tiny_folder: Path, tmp_path: Path) -> None:
+    model = load_model(RunConfig(model=str(tiny_folder), device="cpu", threads=1)).model
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[7] = 1e6
+    assert fingerprint(model)
+    with pytest.raises(ModelError, match=r"1 of 32 weights .* set dtype = float32 .* \(up to 65504\)"):
+        fingerprint(model.to(torch.float16))

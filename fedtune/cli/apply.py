@@ -36,7 +36,7 @@ def apply(
     with saying_notes(screen):
         done = apply_delta(base, Path(file), Path(out), revision, trust_remote_code)
     for line in (
-        f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest} (verified)",
+        f"'{done.path}': {done.what}, {in_bytes(done.bytes)}, digest {done.digest} (verified)",
         f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',
     ):
         screen.say(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -105,7 +106,7 @@ def compare(
     for one in held:
         screen.say(_agreement(one))
     if as_json:
-        print_json([asdict(result) for result in found])
+        print_json(_as_json(found))
     _end(outcomes, held)
 
 
@@ -154,6 +155,11 @@ def _as_table(found: Sequence[Result]) -> Table:
     return view
 
 
+def _as_json(found: Sequence[Result]) -> list[dict[str, object]]:
+    """JSON has no NaN: the loss of an arm that diverged is null."""
+    return [{**asdict(one), "loss": one.loss if math.isfinite(one.loss) else None} for one in found]
+
+
 def _as_markdown(found: Sequence[Result]) -> str:
     """The same for a document."""
     lines = [
@@ -172,7 +178,7 @@ def _written(
         return ["No run was finished: there is no table."]
     said = [f"table: {tidy.write(rows, folder / 'table.csv')}"]
     settings = {one.arm.label: one.cells[0].settings.as_mapping() for one in planned}
-    kept = {"results": [asdict(one) for one in found], "settings": settings, "link": str(link or ""), "versions": versions()}
+    kept = {"results": _as_json(found), "settings": settings, "link": str(link or ""), "versions": versions()}
     replace_file(folder / "comparison.json", json.dumps(kept, indent=2).encode())
     replace_file(folder / "results.md", _as_markdown(found).encode())
     if importlib.util.find_spec("pyarrow"):

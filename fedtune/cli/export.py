@@ -37,6 +37,7 @@ def export(
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model.")
     ] = False,
     best: Annotated[bool, typer.Option("--best", help="The round with the lowest held-out loss instead of the last.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Also if no update has moved the model: the base.")] = False,
 ) -> None:
     """Write the tuned model as a Hugging Face folder that AutoModelForCausalLM.from_pretrained loads, or as a delta.
 
@@ -45,7 +46,8 @@ def export(
     [bold]fedtune export runs/demo_fedkseed-20250101-120000 --format delta --out tuned.safetensors[/bold]
 
     A folder is rebuilt from the base model and the run's coefficients and checked against the run's digest. A delta is a
-    file of kilobytes; whoever has the base model makes the same weights of it with `fedtune apply`.
+    file of kilobytes; whoever has the base model makes the same weights of it with `fedtune apply`. A model that no update
+    has moved is not written without --base.
 
     The run folder may be somebody else's: no code of its model runs and nothing is fetched from the hub unless you say so.
     """
@@ -59,13 +61,13 @@ def export(
 
     write = export_run if form is Format.hf else export_delta
     with saying_notes(Screen(stderr=True)):
-        done = write(folder, Path(out), BEST if best else FINAL, Base(model, revision, trust_remote_code))
+        done = write(folder, Path(out), BEST if best else FINAL, Base(model, revision, trust_remote_code), base)
     use = {
         Format.hf: f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',
         Format.delta: f"`fedtune apply BASE {done.path} --out DIR` makes the model of it.",
     }
     for line in (
-        f"'{done.path}': the model after round {done.round}, {in_bytes(done.bytes)}, digest {done.digest}",
+        f"'{done.path}': {done.what}, {in_bytes(done.bytes)}, digest {done.digest}",
         use[form],
     ):
         screen.say(line)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedtune.cli import presets
 from fedtune.cli.presets import PresetArgument, SetOption
 from fedtune.cli.screen import Screen, print_json
+from fedtune.errors import ModelError
+
+if TYPE_CHECKING:
+    from fedtune.evaluation import Evaluation
 
 
 def loss(
@@ -24,6 +30,8 @@ def loss(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead.")] = False,
 ) -> None:
     """Measure a model on the held-out samples of a preset, in nats per token; nothing is trained or written.
+
+    Exits with 1 if the loss is not finite.
 
     [bold]fedtune loss demo_fedkseed[/bold]   the base model, as after round 0 of the run
 
@@ -43,8 +51,18 @@ def loss(
     found = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
     fingerprint = here.replica.fingerprint.hex()
     if as_json:
-        print_json({**asdict(found), "fingerprint": fingerprint})
-        return
+        print_json({**_without_nan(asdict(found)), "fingerprint": fingerprint})
+    else:
+        _print(found, fingerprint)
+    if not found.finite:
+        raise ModelError(
+            f"The held-out loss of '{here.language_model.source}' is not finite, for {found.lost:,} of {found.samples:,} "
+            "samples: the model has diverged, or overflows in this dtype (try --set dtype=float32).",
+            lost=found.lost,
+        )
+
+
+def _print(found: Evaluation, fingerprint: str) -> None:
     for name, value in (
         ("held-out loss", repr(found.loss)),
         ("mean over samples", repr(found.loss_sample_mean)),
@@ -52,3 +70,8 @@ def loss(
         ("fingerprint", fingerprint),
     ):
         Screen().say(f"{name:<18}{value}")
+
+
+def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: what is not a number is null."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

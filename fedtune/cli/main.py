@@ -1,6 +1,7 @@
 """The `fedtune` program: its commands, and what each way of failing prints and returns.
 
-Exit codes: 0 done, 1 an error that is explained in one sentence, 2 a command that was typed wrongly, 130 Ctrl-C.
+Exit codes: 0 done, 1 an error that is explained in one sentence, or nothing that was asked for came about, 2 a command that
+was typed wrongly, 130 Ctrl-C. docs/run-folder.md has them by command.
 `--debug` anywhere on the line adds the traceback.
 """
 

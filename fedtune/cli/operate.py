@@ -12,7 +12,9 @@ from fedtune.cli.numbers import in_bytes, in_loss, in_time
 from fedtune.cli.rows import real
 from fedtune.cli.screen import Screen, print_json
 from fedtune.control import Command, Order, said, send, waiting
+from fedtune.errors import ControlError
 from fedtune.ledger import Ledger
+from fedtune.resume import settings_of
 from fedtune.run_folder import RunFolder
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON instead.")]
@@ -52,7 +54,26 @@ def drop(
     client: Annotated[str, typer.Argument(metavar="CLIENT", help="Its id in the ledger.", show_default=False)],
 ) -> None:
     """Ask a client no more, from the next round on; of a run that is not going on, when it is resumed."""
+    known = _check_drop(RunFolder.open(run), client)
     _tell(run, Order(Command.DROP, client))
+    if not known:
+        text = (
+            f"No round has asked a client {client!r} so far: if the run does not know it either, `fedtune status` will say so."
+        )
+        Screen(stderr=True).say(text)
+
+
+def _check_drop(folder: RunFolder, client: str) -> bool:
+    """Whether a round has asked `client`. Raises ControlError if it is out already, or the last one."""
+    with Ledger.open(folder.path) as ledger:
+        dropped = {event.detail["client"] for event in ledger.events("drop")}
+        asked = {name for row in ledger.rounds() for name in row.clients}
+        clients = settings_of(ledger).clients
+    if client in dropped:
+        raise ControlError(f"Client {client!r} was dropped before: nothing is left to do.")
+    if len(dropped) + 1 >= clients and not asked - dropped - {client}:
+        raise ControlError(f"Client {client!r} is the last one: `fedtune stop` ends the run instead.")
+    return client in asked
 
 
 def evaluate(run: RunArgument) -> None:

@@ -17,7 +17,7 @@ from fedtune.cli.screen import Screen, print_json
 from fedtune.cli.tables import Summary, result_table
 from fedtune.cli.watch import watching
 from fedtune.config import RunConfig
-from fedtune.errors import Interrupted
+from fedtune.errors import Interrupted, UnchangedError
 from fedtune.progress import Event, Note, listening
 from fedtune.report.trackers import Tracker, tracking
 from fedtune.resume import held_against, stored_settings
@@ -102,15 +102,22 @@ def simulate(
 
     [bold]fedtune simulate demo_ferret --track tensorboard --out runs/seen[/bold]   then tensorboard --logdir runs/seen
 
-    Ctrl-C stops after the step in hand; what is finished stays in the run folder, and --resume carries the run on.
+    Ctrl-C stops after the step in hand; what is finished stays in the run folder, and --resume carries the run on. A run
+    whose model is still the base model at its end, since no update was usable, exits with 1.
     """
     config = _carried_on(resume, settings, out, quiet) if resume else _new(preset, settings, out)
-    with tracking(track, config) if track else nullcontext():
-        summary = run_watched(config, runner(engine, workers), quiet=quiet, to_stderr=as_json)
+    problem = None
+    try:
+        with tracking(track, config) if track else nullcontext():
+            summary = run_watched(config, runner(engine, workers), quiet=quiet, to_stderr=as_json)
+    except UnchangedError as error:  # the run has an end and a summary, which say nothing of success
+        summary, problem = RunFolder.open(config.out).summary(), error
     if not (as_json and quiet):
         Screen(stderr=as_json).print(result_table(summary))
     if as_json:
         print_json(summary)
+    if problem:
+        raise problem
 
 
 def _new(preset: str, settings: list[str], out: str) -> RunConfig:

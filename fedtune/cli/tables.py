@@ -36,12 +36,12 @@ def result_table(summary: Summary) -> Table:
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     total, fedavg = payload(summary), whole(summary, "fedavg_bytes")
-    refused = whole(summary, "updates_refused")
+    used, refused = whole(summary, "updates_used"), whole(summary, "updates_refused")
     facts = [
         ("payload, client and round", _per_client(summary)),
         ("payload, whole run", in_bytes(total)),
         ("FedAvg, the same rounds", in_bytes(fedavg) + (f" ({in_ratio(fedavg / total)} as much)" if total else "")),
-        ("updates refused", str(refused) if refused else "none"),
+        ("updates used, refused", f"{used}, {refused or 'none'}"),
         ("time", in_time(real(summary, "seconds") or 0.0)),
         ("digest of the model", str(summary.get("digest", "-"))),
         ("run folder", str(summary.get("out", "-"))),

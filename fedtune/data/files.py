@@ -53,6 +53,10 @@ def _read_json(file: BinaryIO, path: Path) -> list[Row]:
             "If it has one object a line, name it .jsonl.",
             line=error.lineno,
         ) from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise _beyond(path, "somewhere", error) from None
     if not isinstance(rows, list):
         raise DataError(f"Data file '{path}' holds a JSON {type(rows).__name__}: a list of objects was expected.")
     for number, row in enumerate(rows, 1):
@@ -73,6 +77,8 @@ def _read_json_lines(file: BinaryIO, path: Path) -> list[Row]:
                     f"Data file '{path}' is not valid JSON at line {number}: {error.msg}. Correct or remove that line.",
                     line=number,
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise _beyond(path, f"at line {number}", error) from None
             _check_row(row, path, f"line {number}")
             rows.append(row)
     return rows
@@ -80,15 +86,21 @@ def _read_json_lines(file: BinaryIO, path: Path) -> list[Row]:
 
 def _read_parquet(file: BinaryIO, path: Path) -> list[Row]:
     try:
-        from pyarrow import ArrowInvalid
+        from pyarrow import ArrowException
         from pyarrow.parquet import read_table
     except ImportError:
         raise DataError("Parquet files need pyarrow: install it with `pip install 'fedtune[parquet]'`.") from None
     try:
         rows: list[Row] = read_table(file).to_pylist()
-    except ArrowInvalid as error:
+    except (ArrowException, ValueError, OverflowError, NotImplementedError) as error:  # the others: of values in it
         raise DataError(f"Data file '{path}' is not a valid Parquet file: {str(error).rstrip('.')}.") from None
     return rows
+
+
+def _beyond(path: Path, place: str, error: Exception) -> DataError:
+    """For JSON that is none of a row: brackets in brackets without end, a number of thousands of digits."""
+    what = "brackets too deep in one another" if isinstance(error, RecursionError) else "a number with too many digits"
+    return DataError(f"Data file '{path}' has {what} {place}: correct or remove that row.")
 
 
 def _read_hub(source: str) -> Sequence[Row]:

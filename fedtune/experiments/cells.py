@@ -26,13 +26,14 @@ from typing import Any
 from fedtune import toml
 from fedtune.bounded import opened
 from fedtune.config import RunConfig
-from fedtune.errors import FedtuneError, Interrupted, RunFolderError
+from fedtune.errors import FedtuneError, Interrupted, RunFolderError, UnchangedError
 from fedtune.foreign import for_screen
 from fedtune.private import make_folder, opener
 from fedtune.report.table import measured
 from fedtune.resume import stored_settings
 from fedtune.run_folder import SUMMARY, RunFolder, replace_file
 
+ERROR = "error.json"
 TAIL = 400  # characters of what a failed process said last
 STOPPED = 130  # exit code of a process that was told to stop
 PRELOADED = ["fedtune.cli.main", "server.app", "client.app", "simulations.engines.in_process", "transformers.models.llama"]
@@ -123,6 +124,15 @@ def reached(folder: str | Path, rounds: int) -> bool:
     return any((measured(row.get("round")) or 0) > rounds for row in run.read_metrics())
 
 
+def ended_with(folder: str | Path, *kinds: type[FedtuneError]) -> str:
+    """The text of the error that the run in `folder` ended with, if it is one of `kinds`; else ""."""
+    run = RunFolder(Path(folder))
+    if not (run.path / ERROR).is_file():
+        return ""
+    error = run.read_object(ERROR)
+    return for_screen(str(error.get("message"))) if error.get("type") in {kind.__name__ for kind in kinds} else ""
+
+
 # ---------------------------------------------------------------------- processes
 
 
@@ -140,7 +150,8 @@ class _Office:
         """Bring `cell` to its end, wait for that, and say how it was."""
         folder = Path(cell.settings.out)
         if reached(folder, cell.settings.rounds):
-            return Outcome(cell, _summary(folder), again=False)
+            problem = ended_with(folder, UnchangedError)
+            return Outcome(cell, None if problem else _summary(folder), problem, again=False)
         place = self._free.get()
         try:
             code = self._process(_arguments(cell, folder), _log(folder), place)
@@ -246,8 +257,8 @@ def _summary(folder: Path) -> Mapping[str, Any]:
 
 def _problem(folder: Path, code: int) -> str:
     """Why a process failed: what the run wrote down, or the end of what the process said."""
-    if (folder / "error.json").is_file():
-        return for_screen(str(RunFolder(folder).read_object("error.json").get("message")), TAIL)
+    if (folder / ERROR).is_file():
+        return for_screen(str(RunFolder(folder).read_object(ERROR).get("message")), TAIL)
     log = _log(folder)
     said = _last_words(log).strip() if log.is_file() else ""
     return said.removeprefix("Error: ")[-TAIL:] or f"its process ended with code {code}"

@@ -13,14 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedtune.errors import DivergedError, NonFiniteError
-from fedtune.experiments.cells import Cell, Finished, Outcome, reached, run_cells
+from fedtune.errors import DivergedError, NonFiniteError, UnchangedError
+from fedtune.experiments.cells import Cell, Finished, Outcome, ended_with, reached, run_cells
 from fedtune.experiments.grid import Combination
 from fedtune.experiments.halving import survivors
-from fedtune.foreign import for_screen
 from fedtune.ledger import Ledger
 from fedtune.ledger_file import LEDGER
-from fedtune.run_folder import RunFolder
 
 BLOWN_UP = 2.0
 """A run whose held-out loss is so many times that of the base model has diverged, finite or not."""
@@ -112,7 +110,7 @@ def run_sweep(plan: Plan, *, workers: int = 0, told: Callable[[Progress], None] 
 def _climb(plan: Plan, rung: int, alive: Sequence[Combination], workers: int, teller: _Teller) -> dict[str, str]:
     """Bring the runs of `alive` to the end of the rung; why each of those that failed did, by the name of its cell."""
     cells = [plan.cell(one, seed, plan.rungs[rung]) for one in alive for seed in plan.seeds]
-    over = {cell.name: why for cell in cells if (why := _diverged(cell))}
+    over = {cell.name: why for cell in cells if (why := _hopeless(cell))}
     left = [cell for cell in cells if cell.name not in over and not _is_there(cell)]
     teller.skip(len(cells) - len(left))
     outcomes = run_cells(left, workers=workers, progress=teller)
@@ -128,13 +126,9 @@ def _is_there(cell: Cell) -> bool:
     return True
 
 
-def _diverged(cell: Cell) -> str:
-    """Why the run in the folder of `cell` diverged when it was run before: it would again. "" if it did not."""
-    folder = RunFolder(Path(cell.settings.out))
-    if not (folder.path / "error.json").is_file():
-        return ""
-    error = folder.read_object("error.json")
-    return for_screen(str(error.get("message"))) if error.get("type") == DivergedError.__name__ else ""
+def _hopeless(cell: Cell) -> str:
+    """Why the run in the folder of `cell` came to nothing when it was run before: it would again. "" if it did not."""
+    return ended_with(cell.settings.out, DivergedError, UnchangedError)
 
 
 # ---------------------------------------------------------------------- results

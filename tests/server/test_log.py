@@ -36,7 +36,7 @@ def test_a_run_is_logged_event_by_event_and_no_file_has_a_secret(
     settings = config("fedkseed", tiny_folder, instructions, tmp_path / "run", rounds=2, eval_samples=4)
 
     def handler(message: Message, context: Context) -> Message:
-        if message.metadata.message_type == "train" and message.metadata.group_id == "1":
+        if message.metadata.message_type == "train" and message.metadata.group_id == "2":
             raise ValueError(f"refused {' '.join(f'token={secret}' for secret in SECRETS)}")
         return client.app.app(message, context)
 

@@ -39,7 +39,8 @@ def _places(folder: Path, role: str) -> dict[str, Path]:
     elif (folder / settings.NODE_ENV).is_file():
         found = {settings.read(folder / settings.NODE_ENV).get("CLIENT_ID", folder.name): folder}
     elif (folder / PLAN).is_file():
-        found = {"server": folder / SERVER} | {path.name: path for path in sorted((folder / NODES).iterdir())}
+        nodes = sorted(path for path in (folder / NODES).glob("*") if path.is_dir())  # some may be on their machines by now
+        found = {"server": folder / SERVER} | {path.name: path for path in nodes}
     else:
         raise DeployError(
             f"'{folder}' is no folder of a deployment ({settings.SERVER_ENV}, {settings.NODE_ENV} or {PLAN} was expected): "
