@@ -57,7 +57,7 @@ def read_file(path: Path, most: int, *, follow: bool = True) -> bytes:
     """
     with opened(path, follow=follow) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(most + 1) if size <= most else b""
+        data = file.read(size + 1) if size <= most else b""  # a buffer of the size asked for is made at once
         if size > most or len(data) > most:
             raise OSError(errno.EINVAL, f"it has {size:,} bytes, and {most:,} are the most that such a file has", str(path))
         return data

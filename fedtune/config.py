@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
-import re
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,7 +20,8 @@ from fedtune import methods, toml
 from fedtune.contradictions import refuse_contradictions, refuse_overwritten
 from fedtune.errors import ConfigError, UnknownSettingError
 from fedtune.foreign import for_screen
-from fedtune.values import check_names, checked, kind_of, refused
+from fedtune.source_names import expand, split_source
+from fedtune.values import as_written, checked, kind_of, refused
 
 Scalar = methods.Scalar
 YEAR = 31_536_000.0  # seconds: longer than any run, and short enough for every clock
@@ -369,28 +367,6 @@ def _refuse_unknown(values: Mapping[Any, Any], known: Mapping[str, object]) -> N
         raise UnknownSettingError(f"There is no setting '{unknown[0]}'.{hint}", key=unknown[0], nearest=near)
 
 
-def as_written(value: float) -> Fraction:
-    """The decimal number that `value` is written as, exactly.
-
-    >>> int(0.29 * 100), int(as_written(0.29) * 100)
-    (28, 29)
-    """
-    return Fraction(repr(float(value)))
-
-
-_PREFIX = re.compile(r"([a-z][a-z0-9-]+):(.+)", re.DOTALL)  # two letters at least, so that C:\\ is no prefix
-
-
-def split_source(source: str) -> tuple[str, str]:
-    """The prefix that says how a data source is read, and what stands behind it; "" for a plain file.
-
-    >>> split_source("hub:org/name"), split_source("rows.jsonl"), split_source("natural-instructions:~/ni")
-    (('hub', 'org/name'), ('', 'rows.jsonl'), ('natural-instructions', '~/ni'))
-    """
-    match = _PREFIX.fullmatch(source)
-    return (match[1], match[2]) if match else ("", source)
-
-
 def read_setting(text: str) -> tuple[str, Scalar]:
     """`"key=value"` as key and value. The value follows TOML; what TOML cannot read, or reads as no scalar, is text.
 
@@ -413,25 +389,3 @@ def read_setting(text: str) -> tuple[str, Scalar]:
     field = RunConfig.model_fields.get(key)
     kinds: Any = str if field is not None and kind_of(field) is str else bool | int | float | str
     return key, read if isinstance(read, kinds) else value
-
-
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-def expand(text: str) -> str:
-    """Expand `${NAME}` and `${NAME:-default}` from the environment, and a leading `~`.
-
-    Raises:
-        ConfigError: a variable that is neither set nor has a default, or a name that is too long for a file.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        name, default = match.group(1), match.group(2)
-        found = os.environ.get(name, default)
-        if found is None:
-            raise ConfigError(f"'{text}' needs the environment variable {name}, which is not set.", name=name)
-        return found
-
-    path = os.path.expanduser(_VARIABLE.sub(value, text))
-    check_names(path, f"'{for_screen(text, 80)}'")
-    return path

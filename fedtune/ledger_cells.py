@@ -246,4 +246,5 @@ _DETAILS: dict[str, dict[str, tuple[Check, bool]]] = {  # by kind of event: key,
     "resume": {"settings": (_scalars, True), "versions": (_TEXTS, True)},
     "command": {"name": (_name, True), "command": (_name, False), "client": (_name, False), "refused": (_name, False)},
     "drop": {"client": (_name, True)},
+    "keys": {"keys": (_TEXTS, True)},
 }

@@ -22,12 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from fedtune.config import RunConfig, expand
+from fedtune.config import RunConfig
 from fedtune.embedded import embedded_path
 from fedtune.errors import ModelError
 from fedtune.foreign import for_screen
 from fedtune.placement import loading_options, place
 from fedtune.regular import LARGEST_TEXT, check_regular
+from fedtune.source_names import expand
 
 SMALL_MODEL = 20_000_000
 """Parameters below which a second thread costs more than it brings (forward passes of a few milliseconds)."""

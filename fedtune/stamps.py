@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedtune.config import expand, split_source
 from fedtune.errors import ConfigError
+from fedtune.source_names import expand, split_source
 
 
 def source_digest(source: str) -> bytes:

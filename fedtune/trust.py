@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedtune.config import RunConfig, Scalar, expand, split_source
+from fedtune.config import RunConfig, Scalar
 from fedtune.embedded import SHIPPED, shipped_path
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.foreign import for_screen
 from fedtune.progress import Note, emit
+from fedtune.source_names import expand, split_source
 
 Ways = Mapping[str, str]
 """How a command is told a setting: by its name, the words with {} for the value."""

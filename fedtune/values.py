@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import date, time
+from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -102,3 +103,12 @@ def _hint(value: Any, kind: type) -> str:
     if kind is not str and isinstance(value, str):
         return ", without quotes"
     return ""
+
+
+def as_written(value: float) -> Fraction:
+    """The decimal number that `value` is written as, exactly.
+
+    >>> int(0.29 * 100), int(as_written(0.29) * 100)
+    (28, 29)
+    """
+    return Fraction(repr(float(value)))

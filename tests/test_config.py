@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import RunConfig, expand
+from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
+from fedtune.source_names import expand
 
 PRESETS = sorted(path for path in Path("simulations").rglob("*.toml") if path.parent.name != "comparisons")
 

@@ -228,7 +228,8 @@ def test_weights_take_a_small_multiple_of_their_bytes(width: int) -> None:
 
 @pytest.mark.parametrize("width", [4, 8, 16, 32])
 def test_an_update_of_64_kb_is_bounded(width: int) -> None:
-    head = b"FT" + bytes([wire.VERSION, Kind.COORDINATES]) + pack("<I", 5) + bytes(17) + pack("<IIf", 1, 1, 0.0)
+    head = b"FT" + bytes([wire.VERSION, Kind.COORDINATES]) + pack("<I", 5)
+    head += wire.answer(bytes(16), 5, "0") + bytes(1) + pack("<IIf", 1, 1, 0.0)
     for blocks, counts in ((30_000, b"\x00"), (4, b"\xff"), (1, b"\xff"), (10_000, b"\xff")):
         data = (head + counts * 2 * blocks + bytes(MESSAGE))[:MESSAGE]
         said = check(

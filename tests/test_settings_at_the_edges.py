@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from client.messages import config_of, settings_digest, settings_of
 from fedtune import methods, toml
 from fedtune.cli.presets import choose
-from fedtune.config import RunConfig, as_written, read_setting
+from fedtune.config import RunConfig, read_setting
 from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
 from fedtune.experiments import arms
 from fedtune.experiments.cells import as_toml
-from fedtune.values import kind_of
+from fedtune.values import as_written, kind_of
 from simulations.engines.flower_app import config_lines
 
 TEXTS = st.text(st.characters(), max_size=300)
@@ -195,7 +195,7 @@ def test_a_share_is_what_is_written(share: int, clients: int) -> None:
     "value", ["it's", '"', "a\\b", "a\tb\nc", "\x7f\x1f", "Grüße \u2028", "#x", "[a", "1e5", "true", "'q'", "${X}"]
 )
 def test_text_comes_back_from_every_writer_as_it_went_in(value: str, tmp_path: Path) -> None:
-    config = RunConfig(model=value, only_client=value, algorithm="local")
+    config = RunConfig(model=value, holdout_category=value, algorithm="local")
     (tmp_path / "p.toml").write_text(as_toml(config, value), encoding="utf-8")
     assert RunConfig.load(tmp_path / "p.toml") == config
     assert choose(str(tmp_path / "p.toml"), (), {"model": value}).config == config

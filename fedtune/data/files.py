@@ -8,10 +8,10 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedtune.config import expand
 from fedtune.embedded import embedded_path
 from fedtune.errors import DataError
 from fedtune.regular import open_regular
+from fedtune.source_names import expand
 
 Row = Mapping[str, Any]
 
@@ -92,7 +92,7 @@ def _read_parquet(file: BinaryIO, path: Path) -> list[Row]:
         raise DataError("Parquet files need pyarrow: install it with `pip install 'fedtune[parquet]'`.") from None
     try:
         rows: list[Row] = read_table(file).to_pylist()
-    except (ArrowException, ValueError, OverflowError, NotImplementedError) as error:  # the others: of values in it
+    except (ArrowException, ValueError, OverflowError, RuntimeError) as error:  # the others: of values in it
         raise DataError(f"Data file '{path}' is not a valid Parquet file: {str(error).rstrip('.')}.") from None
     return rows
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import RunConfig, split_source
+from fedtune.config import RunConfig
 from fedtune.data.encode import Encoded
 from fedtune.data.federated import FederatedData, load_federated
 from fedtune.data.partition import Clients, partition
@@ -17,6 +17,7 @@ from fedtune.data.samples import load_samples
 from fedtune.data.sources.named import NAMED, read_source
 from fedtune.errors import DataError
 from fedtune.models import LanguageModel, load_tokenizer
+from fedtune.source_names import split_source
 
 LONG = "x" * 1024
 

@@ -83,7 +83,12 @@ def instructions(shape: Shape) -> list[bytes]:
 def read_instruction(shape: Shape, data: bytes) -> Instruction:
     """As a client does."""
     return wire.decode_instruction(
-        data, shape.pool, MOST_POOLS, shape.blocks, shape.bits, lambda number: None if number else known(shape)
+        data,
+        shape.pool,
+        lambda round: MOST_POOLS,
+        shape.blocks,
+        shape.bits,
+        lambda number: None if number else known(shape),
     )
 
 
@@ -104,6 +109,7 @@ ASKED = (
     *(Asked(Kind.COORDINATES, bits, chosen) for bits in (32, 16, 8, 4) for chosen in (False, True)),
     *(Asked(Kind.WEIGHTS, bits) for bits in (32, 16)),
 )
+CLIENT = "site-a"
 COUNTS, PARAMETERS = np.array([3, 0, 40], np.int64), 16_000
 
 
@@ -124,7 +130,7 @@ def updates(asked: Asked) -> list[bytes]:
 
 def encode_update(update: Update, asked: Asked) -> bytes:
     """As the client would."""
-    return wire.encode_update(update, asked.bits, with_counts=not asked.counts)
+    return wire.encode_update(update, asked.bits, client=CLIENT, with_counts=not asked.counts)
 
 
 def read_update(asked: Asked, data: bytes) -> Update:
@@ -134,6 +140,7 @@ def read_update(asked: Asked, data: bytes) -> Update:
         kind=asked.kind,
         round=ROUND,
         digest=DIGEST,
+        client=CLIENT,
         max_steps=STEPS,
         blocks=len(COUNTS),
         max_count=48,

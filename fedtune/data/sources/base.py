@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fedtune.config import RunConfig, expand
+from fedtune.config import RunConfig
 from fedtune.data.files import Row
 from fedtune.errors import DataError
+from fedtune.source_names import expand
 
 Rows = tuple[list[Row], tuple[str, ...]]
 """The rows (columns instruction, input, output, category) and one-line notes on what was left out and why."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fedtune.config import RunConfig, expand, split_source
+from fedtune.config import RunConfig
 from fedtune.data.files import read_rows
 from fedtune.data.sources import code_alpaca, natural_instructions
 from fedtune.data.sources.base import Reader, Rows
 from fedtune.errors import DataError
+from fedtune.source_names import expand, split_source
 
 NAMED: dict[str, Reader] = {
     "natural-instructions": natural_instructions.train_rows,
