@@ -31,19 +31,21 @@ LONG = int(os.environ.get("FEDTUNE_FUZZ", "20000"))
 def fuzz(inputs: SearchStrategy[Any], short: int = 150) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the property is tested on `short` inputs, and on LONG ones with `-m fuzz`.
 
-    The property takes an input, and a folder of its own if it has a second parameter.
+    The property's last parameter takes the input, or is `data` of hypothesis's `data()`; `folder` is an empty one, and the
+    other parameters are fixtures.
     """
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
-        in_folder = len(inspect.signature(check).parameters) > 1
+        *fixtures, given_as = _in_order(check)
 
         @pytest.mark.parametrize("examples", [short, pytest.param(LONG, marks=pytest.mark.fuzz, id="long")])
-        def test(examples: int, tmp_path: Path) -> None:
+        def test(examples: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+            known = {name: tmp_path if name == "folder" else request.getfixturevalue(name) for name in fixtures}
             seen = [0]
 
             def once(found: Any) -> None:
                 seen[0] += 1
-                check(found, tmp_path) if in_folder else check(found)
+                check(**known, **{given_as: found})
 
             rules = settings(
                 max_examples=examples,
@@ -61,6 +63,13 @@ def fuzz(inputs: SearchStrategy[Any], short: int = 150) -> Callable[[Callable[..
         return test
 
     return decorate
+
+
+def _in_order(check: Callable[..., None]) -> list[str]:
+    """The parameters of a property, that of the input last: `data`, `found` or `text`."""
+    names = list(inspect.signature(check).parameters)
+    (given_as,) = {"data", "found", "text"} & set(names)
+    return [*(name for name in names if name != given_as), given_as]
 
 
 def bounded(
