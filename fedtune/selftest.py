@@ -104,10 +104,12 @@ def decode(data: bytes) -> SelfTest:
     magic, version, pool, length = _HEAD.unpack(data[: _HEAD.size])
     if magic != MAGIC or version != VERSION:
         raise MalformedMessageError(f"This is not a self-test of format {VERSION}: install the same fedtune on both sides.")
+    if length > LONGEST_PROGRAM:
+        raise MalformedMessageError(f"The self-test names a version of {length} bytes; {LONGEST_PROGRAM} it has at most.")
     start = _HEAD.size + length
     end = start + _DIGEST * len(PARTS)
     sampled = 4 * SAMPLES * (len(PARTS) - 1)
-    if length > LONGEST_PROGRAM or len(data) not in (end, end + sampled):
+    if len(data) not in (end, end + sampled):
         raise MalformedMessageError(f"A self-test of {len(data)} bytes was announced to have {end} or {end + sampled}.")
     program = data[_HEAD.size : start]
     if not program.isascii() or not program.decode("ascii").isprintable():

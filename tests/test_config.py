@@ -11,7 +11,8 @@ from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
 from fedtune.source_names import expand
 
-PRESETS = sorted(path for path in Path("simulations").rglob("*.toml") if path.parent.name != "comparisons")
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted(path for path in (ROOT / "simulations").rglob("*.toml") if path.parent.name != "comparisons")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_local_paths_become_absolute_and_names_stay(tmp_path: Path) -> None:
     assert (names.model, names.data, names.out) == ("org/name", "hub:org/rows", "")
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=str)
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_is_valid_flat_and_explains_itself(preset: Path) -> None:
     text = preset.read_text(encoding="utf-8")
     assert text.startswith("# ")

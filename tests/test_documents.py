@@ -133,12 +133,20 @@ def test_methods_describes_every_setting_and_choice_of_the_methods() -> None:
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["fedtune simulate x --use_prompts", "fedtune simulate", "fedtune trian x", "fedtune simulate x --set Kk=3", "make dmeo"],
+    ("line", "error", "text"),
+    [
+        ("fedtune simulate x --use_prompts", click.UsageError, "No such option"),
+        ("fedtune simulate", click.UsageError, "Give a preset"),
+        ("fedtune trian x", click.UsageError, "No such command"),
+        ("fedtune simulate x --set Kk=3", ConfigError, "no setting 'Kk'"),
+        ("make dmeo", AssertionError, "dmeo"),
+    ],
 )
-def test_a_wrong_command_would_be_found(line: str) -> None:
-    with pytest.raises((click.UsageError, ConfigError, AssertionError)):
+def test_a_wrong_command_would_be_found(line: str, error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as found:
         check(line, complete=True)
+    said = found.value.format_message() if isinstance(found.value, click.UsageError) else str(found.value)
+    assert text in said
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:

@@ -119,20 +119,21 @@ def test_other_random_words_are_found_in_every_family(monkeypatch: pytest.Monkey
     assert "random words" in differences(right, again(pool))
 
 
-HOSTILE: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda data: b"",
-    "a head alone": lambda data: data[:12],
-    "a byte too few": lambda data: data[:-1],
-    "a byte too many": lambda data: data + b"\0",
-    "other magic": lambda data: b"XX" + data[2:],
-    "other format": lambda data: b"FS\x02" + data[3:],
-    "a long name": lambda data: encode(replace(decode(data), program="9" * 65)),
-    "a name with escape codes": lambda data: encode(replace(decode(data), program="0.1\x1b[2J")),
-    "a name that is not ASCII": lambda data: encode(replace(decode(data), program="0.1\u00e9")),
+HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", "has 0 bytes; its head alone has 12"),
+    "a head alone": (lambda data: data[:12], "of 12 bytes was announced to have 57 or 313"),
+    "a byte too few": (lambda data: data[:-1], "of 56 bytes was announced to have 57"),
+    "a byte too many": (lambda data: data + b"\0", "of 58 bytes was announced to have 57"),
+    "other magic": (lambda data: b"XX" + data[2:], "not a self-test of format 1"),
+    "other format": (lambda data: b"FS\x02" + data[3:], "not a self-test of format 1"),
+    "a long name": (lambda data: encode(replace(decode(data), program="9" * 65)), "a version of 65 bytes; 64"),
+    "a name with escape codes": (lambda data: encode(replace(decode(data), program="0.1\x1b[2J")), "names no version"),
+    "a name that is not ASCII": (lambda data: encode(replace(decode(data), program="0.1\u00e9")), "names no version"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_bytes_are_refused(name: str) -> None:
-    with pytest.raises(MalformedMessageError):
-        decode(HOSTILE[name](encode(self_test(Pool("hadamard", 7, 8)))))
+    change, text = HOSTILE[name]
+    with pytest.raises(MalformedMessageError, match=text):
+        decode(change(encode(replace(self_test(Pool("hadamard", 7, 8)), program="0.1.0"))))

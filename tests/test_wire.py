@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -195,11 +197,18 @@ def test_counts_that_the_server_chose_are_not_sent() -> None:
         read_update(data, Kind.COORDINATES, 16, asked=np.array([1, 1, 2]))
 
 
-@pytest.mark.parametrize("unit", ["c07f", "807f", "80bf"])
-def test_a_unit_that_is_not_finite_or_negative_is_refused(unit: str) -> None:
+@pytest.mark.parametrize(
+    ("unit", "error", "text"),
+    [
+        ("c07f", NonFiniteError, "not finite"),
+        ("807f", NonFiniteError, "not finite"),
+        ("80bf", MalformedMessageError, "A block's unit is negative"),
+    ],
+)
+def test_a_unit_that_is_not_finite_or_negative_is_refused(unit: str, error: type[Exception], text: str) -> None:
     data = bytearray(encode(coordinates(), 4, with_counts=False))
     data[37:39] = bytes.fromhex(unit)
-    with pytest.raises((MalformedMessageError, NonFiniteError)):
+    with pytest.raises(error, match=text):
         read_update(bytes(data), Kind.COORDINATES, 4, asked=np.array([1, 0, 2]))
 
 
@@ -365,18 +374,30 @@ def test_a_hostile_update_is_refused(name: str) -> None:
         read_update(data, kind)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=200), st.booleans())
-def test_random_bytes_never_cause_anything_but_a_wire_error(noise: bytes, with_head: bool) -> None:
-    good = encode(scalars(), 32)
-    data = good[:8] + noise if with_head else noise
-    for kind in (Kind.SCALARS, Kind.COORDINATES, Kind.WEIGHTS):
-        try:
-            read_update(data, kind)
-        except WireError:
-            continue
+def heads() -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
+    """What a sound message begins with, up to where a round's own numbers end, and its reader."""
+    sound = {Kind.SCALARS: scalars(), Kind.COORDINATES: coordinates(), Kind.WEIGHTS: weights()}
+    found: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
+        kind.name: (encode(update, 32)[:24], partial(read_update, kind=kind)) for kind, update in sound.items()
+    }
+    plain = wire.encode_instruction(instruction(), 4)
+    return found | {"INSTRUCTION": (plain[:60], read_instruction), "pool": (plain[:72], read_instruction)}
+
+
+@pytest.mark.parametrize("name", heads())
+def test_a_head_is_sound_so_what_follows_it_is_read(name: str) -> None:
+    head, read = heads()[name]
+    with pytest.raises(MalformedMessageError, match=rf"ends after {len(head)} bytes; \d+ were announced"):
+        read(head)
+
+
+@pytest.mark.parametrize("name", heads())
+@settings(max_examples=100, deadline=None)
+@given(noise=st.binary(max_size=200), with_head=st.booleans())
+def test_random_bytes_never_cause_anything_but_a_wire_error(name: str, noise: bytes, with_head: bool) -> None:
+    head, read = heads()[name]
     with contextlib.suppress(WireError):
-        read_instruction(HEAD.pack(b"FT", 2, 1, 1) + noise if with_head else noise)
+        read(head + noise if with_head else noise)
 
 
 # ---------------------------------------------------------------------------------------------------- differences

@@ -246,7 +246,9 @@ def test_the_proxy_listens_to_ipv6_only_where_it_is_asked_to() -> None:
 def test_units_are_what_systemd_reads(written: Path, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd-analyze")
-    for unit in sorted(written.rglob("*.service")):
+    units = sorted(written.rglob("*.service"))
+    assert len(units) >= 3
+    for unit in units:
         text = unit.read_text().replace("/opt/fedtune/server", str(written / "server"))
         copy = tmp_path / unit.name
         copy.write_text(text.replace("/opt/fedtune/node", str(written / "nodes/a")).replace("User=fedtune", "User=root"))
