@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from client.messages import config_of, settings_digest, settings_of
 from fedtune import methods, toml
 from fedtune.cli.presets import choose
-from fedtune.config import RunConfig, as_written, read_setting
+from fedtune.config import RunConfig, read_setting
 from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
 from fedtune.experiments import arms
 from fedtune.experiments.cells import as_toml
-from fedtune.values import kind_of
+from fedtune.values import as_written, kind_of
 from simulations.engines.flower_app import config_lines
 
 TEXTS = st.text(st.characters(), max_size=300)
