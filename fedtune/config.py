@@ -8,7 +8,6 @@ Unset is "" for text and 0 for numbers, since Flower's run config has no null.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,34 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Va
 
 from fedtune import methods, toml
 from fedtune.contradictions import refuse_contradictions, refuse_overwritten
-from fedtune.errors import ConfigError, UnknownSettingError
+from fedtune.errors import ConfigError
 from fedtune.foreign import for_screen
 from fedtune.source_names import expand, split_source
-from fedtune.values import as_written, checked, kind_of, refused
+from fedtune.values import as_written, checked, kind_of, refuse_unknown, refused
 
 Scalar = methods.Scalar
 YEAR = 31_536_000.0  # seconds: longer than any run, and short enough for every clock
-
-_ALIASES = {  # what others call a setting, for the hint in an error
-    "learning_rate": "lr",
-    "eta": "lr",
-    "epsilon": "eps",
-    "tau": "local_steps",
-    "local_step": "local_steps",
-    "m": "client_fraction",
-    "fraction_fit": "client_fraction",
-    "num_clients": "clients",
-    "num_supernodes": "clients",
-    "num_rounds": "rounds",
-    "num_server_rounds": "rounds",
-    "n_accum": "accumulate",
-    "slr_max": "server_lr",
-    "alpha": "dirichlet_alpha",
-    "grad_clip": "clip_norm",
-    "model_name": "model",
-    "model_name_or_path": "model",
-    "dataset": "data",
-}
 
 
 class RunConfig(BaseModel):
@@ -280,7 +258,7 @@ class RunConfig(BaseModel):
         """
         if not isinstance(values, Mapping):
             return handler(values)
-        _refuse_unknown(values, cls.model_fields)
+        refuse_unknown(values, cls.model_fields)
         asked = checked(values, cls.model_fields)
         usual = {key: field.default for key, field in cls.model_fields.items()}
         refuse_overwritten({**usual, **asked}, usual)
@@ -355,16 +333,6 @@ class RunConfig(BaseModel):
             path = str((base / path).resolve()) if local else path
             changes[key] = f"{prefix}:{path}" if prefix else path
         return self.replace(**changes)
-
-
-def _refuse_unknown(values: Mapping[Any, Any], known: Mapping[str, object]) -> None:
-    """Raise UnknownSettingError for the first key, in order, that is no setting."""
-    unknown = sorted(for_screen(str(key), 80) for key in values if key not in known)
-    if unknown:
-        alias = _ALIASES.get(unknown[0].lower().replace("-", "_"))
-        near = [alias] if alias else difflib.get_close_matches(unknown[0], list(known), n=1, cutoff=0.7)
-        hint = f" Did you mean '{near[0]}'?" if near else " `fedtune settings` lists them."
-        raise UnknownSettingError(f"There is no setting '{unknown[0]}'.{hint}", key=unknown[0], nearest=near)
 
 
 def read_setting(text: str) -> tuple[str, Scalar]:

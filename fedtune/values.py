@@ -6,6 +6,7 @@ whole number. A whole number stands for itself where a number with a fraction is
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from datetime import date, time
 from fractions import Fraction
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, UnknownSettingError
 from fedtune.foreign import for_screen
 from fedtune.methods import Scalar
 
@@ -21,6 +22,26 @@ LONGEST_TEXT = 4096  # characters, as long as a path may be
 LONGEST_NAME = 255  # bytes of a file's or folder's name, on every usual file system
 PATHS = ("model", "data", "holdout_file", "out", "resume")
 
+_ALIASES = {  # what others call a setting, for the hint in an error
+    "learning_rate": "lr",
+    "eta": "lr",
+    "epsilon": "eps",
+    "tau": "local_steps",
+    "local_step": "local_steps",
+    "m": "client_fraction",
+    "fraction_fit": "client_fraction",
+    "num_clients": "clients",
+    "num_supernodes": "clients",
+    "num_rounds": "rounds",
+    "num_server_rounds": "rounds",
+    "n_accum": "accumulate",
+    "slr_max": "server_lr",
+    "alpha": "dirichlet_alpha",
+    "grad_clip": "clip_norm",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "dataset": "data",
+}
 _KINDS: dict[type[Scalar], str] = {
     bool: "true or false",
     int: "a whole number",
@@ -40,6 +61,25 @@ def kind_of(field: FieldInfo) -> type[Scalar]:
 def checked(values: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> dict[str, Scalar]:
     """`values` in the types of their settings. Raises ConfigError for the first that is of another type or cannot be kept."""
     return {key: _checked(key, value, kind_of(fields[key])) for key, value in values.items()}
+
+
+def refuse_unknown(values: Mapping[Any, Any], known: Mapping[str, object]) -> None:
+    """Raise UnknownSettingError for the first key, in order, that is no setting."""
+    unknown = sorted(for_screen(str(key), 80) for key in values if key not in known)
+    if unknown:
+        alias = _ALIASES.get(unknown[0].lower().replace("-", "_"))
+        near = [alias] if alias else difflib.get_close_matches(unknown[0], list(known), n=1, cutoff=0.7)
+        hint = f" Did you mean '{near[0]}'?" if near else " `fedtune settings` lists them."
+        raise UnknownSettingError(f"There is no setting '{unknown[0]}'.{hint}", key=unknown[0], nearest=near)
+
+
+def as_written(value: float) -> Fraction:
+    """The decimal number that `value` is written as, exactly.
+
+    >>> int(0.29 * 100), int(as_written(0.29) * 100)
+    (28, 29)
+    """
+    return Fraction(repr(float(value)))
 
 
 def shown(value: object) -> str:
@@ -103,12 +143,3 @@ def _hint(value: Any, kind: type) -> str:
     if kind is not str and isinstance(value, str):
         return ", without quotes"
     return ""
-
-
-def as_written(value: float) -> Fraction:
-    """The decimal number that `value` is written as, exactly.
-
-    >>> int(0.29 * 100), int(as_written(0.29) * 100)
-    (28, 29)
-    """
-    return Fraction(repr(float(value)))

@@ -30,8 +30,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def other(key: str, base: RunConfig = BEFORE) -> RunConfig:
     """`base` with another value of `key`, unchecked: some settings belong to other algorithms or families."""
     value = getattr(base, key)
-    usual = f"{value}x" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
-    changed = OTHER.get(key, usual)
+    changed = OTHER.get(key, f"{value}x" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1)
     assert changed != value
     return base.model_copy(update={key: changed})
 

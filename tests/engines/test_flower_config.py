@@ -31,7 +31,7 @@ def test_declared_settings_are_those_of_run_config():
     [
         {},
         {"model": 'a "quoted" \\ path\t\x7f ü 🙂', "trust_remote_code": True, "seed": 2**63 - 1},
-        {"lr": 1e-12, "eps": 1.0, "round_timeout": 1e16, "dirichlet_alpha": 0.1 + 0.2},
+        {"lr": 1e-12, "eps": 1e16, "dirichlet_alpha": 0.1 + 0.2},
     ],
 )
 def test_settings_survive_toml_and_flower(changes, tmp_path):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fedtune.config import RunConfig
-from fedtune.errors import SweepError, UnknownSettingError
+from fedtune.errors import ContradictionError, SweepError, UnknownSettingError
 from fedtune.experiments.grid import Axis, grid
 from fedtune.experiments.halving import rungs, survivors, why_no_early_stop
 
@@ -45,8 +45,10 @@ def test_what_cannot_be_swept_is_refused_with_the_fix(axes: list[Axis], says: st
 
 
 def test_a_setting_that_says_nothing_in_the_algorithm_is_refused() -> None:
-    with pytest.raises(SweepError, match="says nothing in fedavg"):
+    with pytest.raises(ContradictionError, match="K = 64 says nothing in fedavg"):
         grid(RunConfig(algorithm="fedavg"), [Axis("K", (64, 128))])
+    with pytest.raises(SweepError, match="are the same run: a value is there twice, or the setting says nothing"):
+        grid(BASE, [Axis("lr", (1, 1.0))])
 
 
 def test_an_unknown_setting_names_the_nearest() -> None:

@@ -15,7 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import peft
 import torch
+import transformers.models.llama.modeling_llama
 from flwr.app import Context, Message
 
 import client.app
@@ -28,9 +31,11 @@ from fedtune.run_folder import RunFolder
 from fedtune.selftest import self_test
 from simulations.engines.local_grid import LocalGrid
 
+IMPORTED = (accelerate, peft, transformers.models.llama.modeling_llama)  # once, and not by every child
+
 Settings = dict[str, Any]
 Outcome = list[list[Any]]
-"""Of each round: digest, held-out loss, training loss."""
+"""Of each round: digest, held-out loss, training loss, generated texts."""
 
 # What is changed: a setting, what both runs have besides, and its other value. {NAME} is a path below the folder.
 FERRET: Settings = {"algorithm": "ferret", "K": 40, "lr": 1e-2}
@@ -45,7 +50,7 @@ TABLE: dict[str, tuple[Settings, Any]] = {
     "local_steps": ({}, 3),
     "batch_size": ({}, 2),
     "lr": ({}, 2e-3),
-    "sampling": ({}, "examples"),
+    "sampling": ({"partition": "quantity", "clients_per_round": 1, "rounds": 3}, "examples"),
     "weighting": ({"partition": "quantity"}, "equal"),
     "K": ({}, 32),
     "eps": ({}, 1e-2),
@@ -139,8 +144,11 @@ def outcome(config: RunConfig, folder: Path, keeper: Keeper | None = None) -> Ou
         handler = _through(keeper)
     grid = LocalGrid(handler, config.clients, config.as_mapping(), seed=config.seed, node_configs=own)
     server.app.app(grid, grid.server_context())
-    rows = RunFolder.open(config.resume or config.out).read_metrics()
-    return [[row["digest"], row.get("eval_loss"), row.get("train_loss")] for row in rows]
+    run = RunFolder.open(config.resume or config.out)
+    rows = run.read_metrics()
+    texts = [run.path / f"generated_round_{number}.json" for number in range(len(rows))]
+    said = [json.loads(path.read_text(encoding="utf-8"))["texts"] if path.exists() else [] for path in texts]
+    return [[row["digest"], row.get("eval_loss"), row.get("train_loss"), text] for row, text in zip(rows, said, strict=True)]
 
 
 def fresh(runs: Sequence[Settings], folder: Path) -> list[Outcome]:
@@ -155,7 +163,7 @@ def _forked(work: Callable[[], Outcome]) -> Outcome:
         try:
             found = work()
         except BaseException as error:
-            found = [[f"{type(error).__name__}: {error}", None, None]]
+            found = [[f"{type(error).__name__}: {error}", None, None, []]]
         with os.fdopen(writing, "w") as pipe:
             json.dump(found, pipe)
         os._exit(0)

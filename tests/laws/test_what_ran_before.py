@@ -103,8 +103,6 @@ def test_every_run_is_what_it_is_in_a_fresh_process(kept: bool, folder: Path, ex
     different: list[tuple[str, Settings]] = []
     for key in KEYS:
         usual, changed = pair(key)
-        if kept:
-            release()  # the model is loaded by the run with the changed setting, else by whichever was the first
         for settings in (changed, usual) if kept else (usual, changed):
             if outcome(placed(settings, folder), folder, keeper) != expected(settings):
                 different.append((key, settings))
@@ -115,7 +113,7 @@ def test_the_table_tells_values_apart(expected: Callable[[Settings], Outcome]) -
     """A setting whose two values led to one outcome would pass the law whatever is kept."""
     alike = {key for key in KEYS if expected(pair(key)[0]) == expected(pair(key)[1])}
     assert alike <= INERT
-    assert all(isinstance(loss, float) for key in KEYS for settings in pair(key) for _, loss, _ in expected(settings)[-1:])
+    assert all(isinstance(loss, float) for key in KEYS for settings in pair(key) for _, loss, *_ in expected(settings)[-1:])
 
 
 @BOTH
