@@ -15,7 +15,7 @@ from fedtune.control import Command, Order, send
 from fedtune.errors import ConfigError, ControlError, MalformedMessageError
 from fedtune.foreign import LONGEST_LINE, LONGEST_TEXT, client_id, for_file, for_json, for_reading, for_screen
 from fedtune.run_folder import RunFolder
-from tests.texts import TEXTS, acting
+from tests.foreign_texts import TEXTS, acting
 
 ACTING = ("\x1b[2J", "\x9b31m", "\r\nINFO : round 9", "\x07", "\x00", "\u202e", "\u2066", "\u2028", "\ud83d", "\x7f")
 

@@ -26,8 +26,8 @@ from fedtune.progress import ClientFinished, ClientStep, EvaluationStep, Event, 
 from fedtune.run_folder import RunFolder
 from fedtune.traffic import Traffic
 from simulations.engines.flower_app import config_lines
+from tests.foreign_texts import ACTING, MARKUP, TEXTS, acting
 from tests.test_delta import tiny
-from tests.texts import ACTING, MARKUP, TEXTS, acting
 
 Fedtune = Callable[..., Outcome]
 

@@ -19,8 +19,8 @@ from fedtune.run_folder import RunFolder
 from server.log import LOG, logging_to
 from server.rounds import Run
 from simulations.engines.local_grid import LocalGrid
+from tests.foreign_texts import ACTING, acting
 from tests.laws.federation import config
-from tests.texts import ACTING, acting
 
 HOSTILE = f"{ACTING} hf_abcdefghijklmnopqrstuv " + "-eyJ" * 200_000
 
