@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.errors import MalformedMessageError
 from fedtune.foreign import LONGEST_LINE, LONGEST_TEXT, client_id, for_file, for_json, for_reading, for_screen
-from tests.hostile import TEXTS, acting
+from tests.foreign_texts import TEXTS, acting
 
 ACTING = ("\x1b[2J", "\x9b31m", "\r\nINFO : round 9", "\x07", "\x00", "\u202e", "\u2066", "\u2028", "\ud83d", "\x7f")
 

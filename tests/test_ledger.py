@@ -33,7 +33,7 @@ from fedtune.seeds import Stream
 from fedtune.traffic import Traffic
 from fedtune.verify import verify
 from fedtune.wire import Status, Update
-from tests.hostile import TEXTS, acting
+from tests.foreign_texts import TEXTS, acting
 
 SHAPES = (("a", (300, 40)), ("b", (40,)), ("c", (500, 30)))
 FRESH = RunConfig(algorithm="fedkseed-pro", K=64, local_steps=6, pool_every=2, clients_per_round=2)

@@ -10,7 +10,7 @@ import pytest
 from client.messages import error_of, problem_of
 from fedtune.errors import DataError
 from fedtune.logs import FORMAT, OneLine, tame
-from tests.hostile import ACTING, TEXTS, acting
+from tests.foreign_texts import ACTING, TEXTS, acting
 
 
 def logged(text: str) -> list[str]:

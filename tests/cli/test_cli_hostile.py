@@ -26,7 +26,7 @@ from fedtune.progress import ClientFinished, ClientStep, EvaluationStep, Event, 
 from fedtune.run_folder import RunFolder
 from fedtune.traffic import Traffic
 from simulations.engines.flower_app import config_lines
-from tests.hostile import ACTING, MARKUP, TEXTS, acting
+from tests.foreign_texts import ACTING, MARKUP, TEXTS, acting
 from tests.test_delta import tiny
 
 Fedtune = Callable[..., Outcome]

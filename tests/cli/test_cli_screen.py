@@ -15,7 +15,7 @@ import pytest
 from rich.table import Table
 
 from fedtune.cli.screen import Screen, plain, print_json, quoted
-from tests.hostile import ACTING, MARKUP, TEXTS, acting
+from tests.foreign_texts import ACTING, MARKUP, TEXTS, acting
 
 ROOT = Path(__file__).parents[2]
 SCREEN = ROOT / "fedtune/cli/screen.py"

@@ -19,7 +19,7 @@ from fedtune.run_folder import RunFolder
 from server.log import LOG, logging_to
 from server.rounds import Run
 from simulations.engines.local_grid import LocalGrid
-from tests.hostile import ACTING, acting
+from tests.foreign_texts import ACTING, acting
 from tests.laws.federation import config
 
 HOSTILE = f"{ACTING} hf_abcdefghijklmnopqrstuv " + "-eyJ" * 200_000
