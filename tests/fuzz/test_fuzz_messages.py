@@ -70,7 +70,7 @@ def read(shape: Shape, data: bytes) -> None:
     assert again.counts.tolist() == found.counts.tolist()
 
 
-@fuzz(of_a_shape(messages.instructions))
+@fuzz(of_a_shape(messages.instructions), short=100)
 def test_an_instruction_with_faults_is_read_or_refused(found: tuple[Shape, bytes]) -> None:
     read(*found)
 
@@ -102,7 +102,7 @@ def test_many_pools_that_say_nothing_take_no_memory(shape: Shape, form: Form) ->
 # ---------------------------------------------------------------------------------------------------- pools
 
 
-@fuzz(of_a_shape(messages.pools))
+@fuzz(of_a_shape(messages.pools), short=100)
 def test_a_pool_with_faults_is_read_or_refused(found: tuple[Shape, bytes]) -> None:
     shape, data = found
     pool = shape.pool(0)
@@ -141,7 +141,7 @@ def updates_of(asked: Asked) -> st.SearchStrategy[tuple[Asked, bytes]]:
     return st.tuples(st.just(asked), mutated(messages.updates(asked)))
 
 
-@fuzz(st.sampled_from(ASKED).flatmap(updates_of), short=300)
+@fuzz(st.sampled_from(ASKED).flatmap(updates_of), short=200)
 def test_an_update_with_faults_is_read_or_refused(found: tuple[Asked, bytes]) -> None:
     take(*found)
 
