@@ -169,5 +169,13 @@ TESTS = [selftest.encode(selftest.self_test(Pool(family, 3, 64))) for family in 
 def test_a_self_test_is_read_or_refused(data: bytes) -> None:
     got = bounded(data, selftest.decode, WireError)
     if got is not None:
-        assert selftest.encode(got) == data
-        selftest.differences(selftest.decode(TESTS[0]), got)
+        assert selftest.encode(got) == data or not np.isfinite(got.samples).all()  # a NaN has many bits
+        for ours in map(selftest.decode, TESTS):
+            assert (selftest.differences(ours, got) == []) == (got.digests == ours.digests and near(ours.samples, got.samples))
+
+
+def near(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
+    """The definition: a 1024th of 1 + |value| apart on float32, a 64th on bfloat16, which alternate by operation."""
+    bounds = [bound for bound in (2.0**-10, 2.0**-6) * 2 for _ in range(selftest.SAMPLES)]
+    pairs = zip(ours, theirs, bounds, strict=False)
+    return len(ours) == len(theirs) and all(abs(one - other) <= bound * (1.0 + abs(one)) for one, other, bound in pairs)
