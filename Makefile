@@ -3,6 +3,7 @@
 #   make demo                            environment, then two federated runs on the embedded model (CPU, a minute)
 #   make test                            environment, then ruff, mypy and the tests, but for those of the next line and for GPUs
 #   make test-deployment                 environment, then the tests that start deployments, kill processes or train for minutes
+#   .venv/bin/python -m pytest -m fuzz   many more hostile inputs than make test tries (docs/wire.md)
 #   make clean                           remove the environment and the caches; runs/ stays
 #
 # On Linux, PyPI's torch brings CUDA (gigabytes). Without a GPU, the small build does:

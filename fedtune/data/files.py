@@ -92,7 +92,7 @@ def _read_parquet(file: BinaryIO, path: Path) -> list[Row]:
         raise DataError("Parquet files need pyarrow: install it with `pip install 'fedtune[parquet]'`.") from None
     try:
         rows: list[Row] = read_table(file).to_pylist()
-    except (ArrowException, ValueError, OverflowError, RuntimeError) as error:  # the others: of values in it
+    except (ArrowException, ValueError, OverflowError) as error:  # the others: of values in it
         raise DataError(f"Data file '{path}' is not a valid Parquet file: {str(error).rstrip('.')}.") from None
     return rows
 

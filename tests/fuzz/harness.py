@@ -1,7 +1,7 @@
 """Runs a reader on many inputs: it may refuse them with the errors that it names, in bounded time and memory, and nothing else.
 
 `fuzz` makes a test of a property with few examples, always the same, and one with many behind the marker `fuzz`, whose
-number is FEDTUNE_FUZZ. docs/fidelity.md says how to run them.
+number is FEDTUNE_FUZZ. docs/wire.md says how to run them.
 """
 
 from __future__ import annotations

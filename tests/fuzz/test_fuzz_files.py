@@ -78,7 +78,7 @@ def headers(draw: st.DrawFn) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
-@fuzz(headers())
+@fuzz(headers(), short=80)
 def test_a_delta_with_another_header_is_read_or_refused(data: bytes, folder: Path) -> None:
     path = folder / "delta.safetensors"
     bounded(data, file_reader(path, lambda: read_delta(path)), DeltaError)
@@ -173,7 +173,7 @@ def test_a_json_file_is_read_or_refused(data: bytes, folder: Path) -> None:
     bounded(data, rows_at(folder / "rows.json"), DataError)
 
 
-@fuzz(mutated([LINES]) | st.lists(documents(*ROWS), max_size=4).map(b"\n".join), short=120)
+@fuzz(mutated([LINES]) | st.lists(documents(*ROWS), max_size=4).map(b"\n".join), short=50)
 def test_a_file_of_json_lines_is_read_or_refused(data: bytes, folder: Path) -> None:
     bounded(data, rows_at(folder / "rows.jsonl"), DataError)
 

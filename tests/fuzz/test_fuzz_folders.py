@@ -52,7 +52,7 @@ def read_everything(place: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- the file of the ledger
 
 
-@fuzz(DATA, short=80)
+@fuzz(DATA, short=60)
 def test_a_ledger_with_damaged_bytes_is_read_or_refused(run_folder: Path, folder: Path, data: st.DataObject) -> None:
     place = copy_of(run_folder, folder)
     sound = (run_folder / LEDGER).read_bytes()
@@ -156,7 +156,7 @@ def command(*arguments: str) -> None:
     assert ended.value.code in (0, 1)
 
 
-@fuzz(DATA, short=100)
+@fuzz(DATA, short=80)
 def test_a_ledger_with_crafted_cells_is_read_or_refused(run_folder: Path, folder: Path, data: st.DataObject) -> None:
     place = copy_of(run_folder, folder)
     with_another_cell(place, data)
@@ -164,7 +164,7 @@ def test_a_ledger_with_crafted_cells_is_read_or_refused(run_folder: Path, folder
     bounded(b"", lambda _: stored_settings(RunFolder.open(place)), FedtuneError, measured=False)
 
 
-@fuzz(DATA, short=25)
+@fuzz(DATA, short=15)
 def test_commands_on_a_ledger_with_crafted_cells_end_with_a_sentence(
     run_folder: Path, folder: Path, data: st.DataObject, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,7 +197,7 @@ def read_folder(place: Path) -> None:
 JSON_FILES = (CONFIG, SUMMARY, VERSIONS, "partition.json", "status.json", "generated_round_0.json", METRICS)
 
 
-@fuzz(DATA, short=100)
+@fuzz(DATA, short=80)
 def test_a_run_folder_with_other_json_is_read_or_refused(run_folder: Path, folder: Path, data: st.DataObject) -> None:
     place = copy_of(run_folder, folder)
     name = data.draw(st.sampled_from(JSON_FILES), label="file")
@@ -213,7 +213,7 @@ def test_a_run_folder_with_other_json_is_read_or_refused(run_folder: Path, folde
     bounded(content, lambda _: read_folder(place), RunFolderError)
 
 
-@fuzz(DATA, short=60)
+@fuzz(DATA, short=40)
 def test_other_coefficients_are_read_or_refused(run_folder: Path, folder: Path, data: st.DataObject) -> None:
     place = copy_of(run_folder, folder)
     sound = (run_folder / COEFFICIENTS).read_bytes()

@@ -70,7 +70,7 @@ def read(shape: Shape, data: bytes) -> None:
     assert again.counts.tolist() == found.counts.tolist()
 
 
-@fuzz(of_a_shape(messages.instructions))
+@fuzz(of_a_shape(messages.instructions), short=100)
 def test_an_instruction_with_faults_is_read_or_refused(found: tuple[Shape, bytes]) -> None:
     read(*found)
 
@@ -102,7 +102,7 @@ def test_many_pools_that_say_nothing_take_no_memory(shape: Shape, form: Form) ->
 # ---------------------------------------------------------------------------------------------------- pools
 
 
-@fuzz(of_a_shape(messages.pools))
+@fuzz(of_a_shape(messages.pools), short=100)
 def test_a_pool_with_faults_is_read_or_refused(found: tuple[Shape, bytes]) -> None:
     shape, data = found
     pool = shape.pool(0)
@@ -141,7 +141,7 @@ def updates_of(asked: Asked) -> st.SearchStrategy[tuple[Asked, bytes]]:
     return st.tuples(st.just(asked), mutated(messages.updates(asked)))
 
 
-@fuzz(st.sampled_from(ASKED).flatmap(updates_of), short=300)
+@fuzz(st.sampled_from(ASKED).flatmap(updates_of), short=200)
 def test_an_update_with_faults_is_read_or_refused(found: tuple[Asked, bytes]) -> None:
     take(*found)
 
@@ -169,5 +169,13 @@ TESTS = [selftest.encode(selftest.self_test(Pool(family, 3, 64))) for family in 
 def test_a_self_test_is_read_or_refused(data: bytes) -> None:
     got = bounded(data, selftest.decode, WireError)
     if got is not None:
-        assert selftest.encode(got) == data
-        selftest.differences(selftest.decode(TESTS[0]), got)
+        assert selftest.encode(got) == data or not np.isfinite(got.samples).all()  # a NaN has many bits
+        for ours in map(selftest.decode, TESTS):
+            assert (selftest.differences(ours, got) == []) == (got.digests == ours.digests and near(ours.samples, got.samples))
+
+
+def near(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
+    """The definition: a 1024th of 1 + |value| apart on float32, a 64th on bfloat16, which alternate by operation."""
+    bounds = [bound for bound in (2.0**-10, 2.0**-6) * 2 for _ in range(selftest.SAMPLES)]
+    pairs = zip(ours, theirs, bounds, strict=False)
+    return len(ours) == len(theirs) and all(abs(one - other) <= bound * (1.0 + abs(one)) for one, other, bound in pairs)
