@@ -1,20 +1,14 @@
-"""Files and JSON that somebody else may have written, read within bounds: whatever they are, reading ends and fits in memory.
+"""JSON that somebody else may have written, read within bounds: whatever it is, reading ends and fits in memory.
 
-A path may lead to a pipe, a device, a folder or gigabytes of nothing; a text may nest a hundred thousand brackets or hold a
-number of a million digits. Nothing here runs, waits or believes a length that it has not seen.
+A text may nest a hundred thousand brackets or hold a number of a million digits (`fedtune.regular` opens the files).
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
 DEEPEST = 32  # brackets inside brackets; ours have six at most
 MOST_CONTAINERS = 1_000_000  # objects and lists of one text: what a short text can make large in memory
@@ -24,43 +18,6 @@ _JSON_ESCAPE_OF_HALF = (b"\\ud", b"\\uD")
 
 class BadJsonError(ValueError):
     """A text that is not JSON within the bounds of this file; its message says why in a few words."""
-
-
-@contextmanager
-def opened(path: Path, *, follow: bool = True) -> Iterator[BinaryIO]:
-    """The regular file at `path`, to be read; never waits for a pipe. `follow`: through a symbolic link too.
-
-    Raises:
-        OSError: there is none, or it is something else (EINVAL, with a `strerror` that says what).
-    """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        refuse_special(os.fstat(descriptor).st_mode, path)
-        yield file
-
-
-def refuse_special(mode: int, path: Path) -> None:
-    """Raise OSError if `mode` is not that of a regular file."""
-    if not stat.S_ISREG(mode):
-        what = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFLNK: "a symbolic link"}.get(
-            stat.S_IFMT(mode), "a device"
-        )
-        raise OSError(errno.EINVAL, f"it is {what}, not a file", str(path))
-
-
-def read_file(path: Path, most: int, *, follow: bool = True) -> bytes:
-    """The content of the regular file at `path`, of at most `most` bytes.
-
-    Raises:
-        OSError: see `opened`; or it is larger (EINVAL, with a `strerror` that says so), and was not read then.
-    """
-    with opened(path, follow=follow) as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(size + 1) if size <= most else b""  # a buffer of the size asked for is made at once
-        if size > most or len(data) > most:
-            raise OSError(errno.EINVAL, f"it has {size:,} bytes, and {most:,} are the most that such a file has", str(path))
-        return data
 
 
 def parse_json(text: bytes | str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

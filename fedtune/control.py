@@ -24,12 +24,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fedtune.bounded import BadJsonError, parse_json, read_file
+from fedtune.bounded import BadJsonError, parse_json
 from fedtune.errors import ControlError
 from fedtune.foreign import client_id, for_screen
 from fedtune.ledger_file import LEDGER, LOCK
 from fedtune.only_one import is_held
 from fedtune.private import FOLDER
+from fedtune.regular import read_regular
 from fedtune.run_folder import RunFolder
 
 CONTROL, STATUS = "control", "status.json"
@@ -98,7 +99,7 @@ class Order:
         if not _NAME.fullmatch(path.name):
             raise ControlError("A command's file has a name of letters, digits, - and _ and ends in .json.")
         try:
-            return cls.read(read_file(path, MOST_BYTES, follow=False))
+            return cls.read(read_regular(path, MOST_BYTES, follow=False))
         except OSError as error:
             raise ControlError(f"A command's file cannot be read: {error.strerror or type(error).__name__}.") from None
 

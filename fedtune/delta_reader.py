@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.bits import Whole
-from fedtune.bounded import opened, parse_json
+from fedtune.bounded import parse_json
 from fedtune.coefficients import I32, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
 from fedtune.config import RunConfig
 from fedtune.delta import FORMAT, VERSION, WIDTHS, Delta, declared, encode
@@ -28,6 +28,7 @@ from fedtune.directions.base import DISJOINT, MAX_AXES, MAX_POOL, Pool
 from fedtune.errors import DeltaMismatchError, MalformedDeltaError
 from fedtune.foreign import for_screen
 from fedtune.layout import BlockRule
+from fedtune.regular import ANY, open_regular
 
 MOST_HEADER = 1 << 22  # bytes of header that are read; one of 10,000 pools has a tenth of it
 MOST_BLOCKS = MOST_POOLS = 65536
@@ -51,7 +52,7 @@ def read(path: Path) -> Delta:
         MalformedDeltaError: there is none, or it is damaged, or something else. DeltaMismatchError: another format version.
     """
     try:
-        with opened(path) as file:
+        with open_regular(path, ANY) as file:
             return _decode(file, os.fstat(file.fileno()).st_size, f"'{path}'")
     except OSError as error:
         reason = error.strerror or type(error).__name__

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedtune import shortage
-from fedtune.bounded import refuse_special
 from fedtune.errors import DamagedLedgerError, ForeignLedgerError, FullLedgerError, LedgerError, LockedLedgerError
 from fedtune.foreign import for_screen
 from fedtune.ledger_cells import text_of
 from fedtune.only_one import OnlyOne
 from fedtune.private import opener
+from fedtune.regular import check_regular
 
 LEDGER, LOCK = "ledger.sqlite", "ledger.lock"
 APPLICATION, FORMAT = 0x46544C47, 3  # "FTLG"
@@ -74,7 +74,7 @@ def check_files(path: Path, writing: bool) -> None:
     for place in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
         try:
             reads_through_link = place == path and not writing
-            refuse_special((place.stat() if reads_through_link else place.lstat()).st_mode, place)
+            check_regular(place.stat() if reads_through_link else place.lstat(), place)
         except FileNotFoundError:
             if place == path:
                 raise _not_ours(path, "it is a link to nothing") from None

@@ -7,7 +7,6 @@ token) is written down with its reason in `LanguageModel.notes`.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from fedtune.embedded import embedded_path
 from fedtune.errors import ModelError
 from fedtune.foreign import for_screen
 from fedtune.placement import loading_options, place
-from fedtune.regular import LARGEST_TEXT, check_regular
+from fedtune.regular import ANY, LARGEST_TEXT, check_regular
 from fedtune.source_names import expand
 
 SMALL_MODEL = 20_000_000
@@ -191,7 +190,7 @@ def _check_plain(folder: Path, source: str) -> None:
         try:
             state = path.stat()
             if not path.is_dir():
-                check_regular(state, path, LARGEST_TEXT if text else sys.maxsize)
+                check_regular(state, path, LARGEST_TEXT if text else ANY)
         except FileNotFoundError:
             continue  # a link to nothing: what is needed is missed by whoever needs it
         except OSError as error:

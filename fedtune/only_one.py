@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from fedtune.bounded import refuse_special
+from fedtune.regular import check_regular
 
 POLL_SECONDS = 0.02
 
@@ -60,7 +60,7 @@ def _opened(path: Path, flags: int) -> int:
     """A descriptor of the regular file at `path`, itself and not what a link there leads to."""
     descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
     try:
-        refuse_special(os.fstat(descriptor).st_mode, path)
+        check_regular(os.fstat(descriptor), path)
     except BaseException:
         os.close(descriptor)
         raise

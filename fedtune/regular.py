@@ -1,10 +1,11 @@
-"""Opening a file that somebody else may have named: a regular one of a size that can be meant, no device, pipe or socket."""
+"""Opening files that somebody else may have named or made: regular ones of a size that can be meant, no device or pipe."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+import sys
 from io import BufferedReader
 from pathlib import Path
 
@@ -14,17 +15,23 @@ LARGEST_DATA = 8 << 30
 LARGEST_TEXT = 256 << 20
 """Bytes of a model's JSON, vocabulary or template: the largest tokenizers have some 40 MB."""
 
-_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+ANY = sys.maxsize
+
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a symbolic link"}
 
 
-def open_regular(path: Path, most: int = LARGEST_DATA) -> BufferedReader:
+def open_regular(path: Path, most: int = LARGEST_DATA, *, follow: bool = True) -> BufferedReader:
     """`path`, open for reading; nothing is read, and nothing waits for whoever is at the other end.
+
+    Args:
+        follow: through a symbolic link too.
 
     Raises:
         OSError: it is not there, not a regular file (or a link to one), or larger than `most` bytes; `strerror` says which.
     """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
     except ValueError:
         raise OSError(errno.EINVAL, "its name is no name of a file", str(path)) from None
     try:
@@ -35,10 +42,17 @@ def open_regular(path: Path, most: int = LARGEST_DATA) -> BufferedReader:
         raise
 
 
-def check_regular(state: os.stat_result, path: Path, most: int) -> None:
+def read_regular(path: Path, most: int, *, follow: bool = True) -> bytes:
+    """The content of the regular file at `path`, of at most `most` bytes. Raises OSError as `open_regular`."""
+    with open_regular(path, most, follow=follow) as file:
+        size = os.fstat(file.fileno()).st_size
+        return file.read(size)  # what is appended meanwhile is not asked for
+
+
+def check_regular(state: os.stat_result, path: Path, most: int = ANY) -> None:
     """Raise OSError unless `state` is that of a regular file of at most `most` bytes."""
     if not stat.S_ISREG(state.st_mode):
-        kind = next((name for is_one, name in _KINDS if is_one(state.st_mode)), "a device")
-        raise OSError(errno.EINVAL, f"it is {kind} and no file", str(path))
+        kind = _KINDS.get(stat.S_IFMT(state.st_mode), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
     if state.st_size > most:
-        raise OSError(errno.EFBIG, f"it has {state.st_size:,} bytes, more than {most:,}", str(path))
+        raise OSError(errno.EINVAL, f"it has {state.st_size:,} bytes, and {most:,} are the most that it may have", str(path))

@@ -33,11 +33,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedtune import shortage
-from fedtune.bounded import BadJsonError, opened, parse_json, read_file, refuse_special
+from fedtune.bounded import BadJsonError, parse_json
 from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, RunFolderError
 from fedtune.foreign import for_json
 from fedtune.private import make_folder, opener
+from fedtune.regular import ANY, check_regular, open_regular, read_regular
 
 CONFIG = "config.json"
 VERSIONS = "versions.json"
@@ -149,7 +150,7 @@ class RunFolder:
         if not os.path.lexists(target):
             return []
         rows: list[dict[str, Any]] = []
-        with _explained(target, "read"), opened(target) as file:
+        with _explained(target, "read"), open_regular(target, ANY) as file:
             if os.fstat(file.fileno()).st_size > MOST_METRICS:
                 raise RunFolderError(f"'{target}' has more than {MOST_METRICS:,} bytes: it is not of a run. Restore it.")
             while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):  # what follows the last newline was never finished
@@ -179,7 +180,7 @@ class RunFolder:
         target = self._file(name)
         with _explained(target, "read"):
             try:
-                return read_file(target, most)
+                return read_regular(target, most)
             except FileNotFoundError:
                 raise RunFolderError(
                     f"Run folder '{self.path}' has no {name}: the run stopped before it was written, so run it again.",
@@ -242,7 +243,7 @@ def appending(target: Path) -> int:
     with _explained(target, "written"):
         descriptor = opener(str(target), flags)
         try:
-            refuse_special(os.fstat(descriptor).st_mode, target)
+            check_regular(os.fstat(descriptor), target)
         except BaseException:
             os.close(descriptor)
             raise

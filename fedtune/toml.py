@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import stat
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import ConfigError
 from fedtune.foreign import for_screen
+from fedtune.regular import read_regular
 
 MOST_BYTES = 64 << 10
 """Of a file of settings: those that ship have 2 KiB, and reading takes time that grows with the square of nested names."""
@@ -27,19 +27,13 @@ def read(path: Path, kind: str) -> dict[str, Any]:
     shown = for_screen(str(path), 200)
     name = f"{kind.capitalize()} '{shown}'"
     try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for, a device read without end
-            raise ConfigError(f"{name} is no file: give a TOML file.", path=str(path))
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+        data = read_regular(path, MOST_BYTES)
     except FileNotFoundError:
         raise ConfigError(
             f"There is no {kind} '{shown}'. Give a TOML file or a name from `fedtune presets`.", path=str(path)
         ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.", path=str(path)) from None
-    if len(data) > MOST_BYTES:
-        raise ConfigError(f"{name} has more than {MOST_BYTES >> 10} KiB, which no list of settings needs.", path=str(path))
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror or error}. Give a TOML file.", path=str(path)) from None
     try:
         return parse(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedtune.config import RunConfig
 from fedtune.models import LanguageModel, load_model
+
+settings.register_profile("fedtune", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fedtune")  # a busy machine is no fault of what is tested
 
 CATEGORIES = ("colours", "numbers", "shapes", "sizes")
 

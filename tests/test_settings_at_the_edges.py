@@ -220,7 +220,7 @@ def test_the_value_of_a_setting_on_the_command_line(text: str, value: object) ->
         (b"model = " + b"[" * 5000, "is not valid TOML: brackets are nested too deeply"),
         (b"a = {" * 3000, "is not valid TOML"),
         (b"seed = " + b"1" * 6000, "is not valid TOML: Exceeds the limit"),
-        (b"# " + b"x" * (64 << 10), "has more than 64 KiB"),
+        (b"# " + b"x" * (64 << 10), "and 65,536 are the most that it may have"),
         ("lr = 1".encode("utf-16"), "is not UTF-8"),
         (b"lr = nan", "'lr' = nan"),
         (b"lr = 2026-11-28", "'lr' = a date: a number was expected"),
@@ -246,7 +246,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
     for path in (tmp_path / "pipe.toml", tmp_path / "folder.toml", Path("/dev/zero")):
         for reader in (RunConfig.load, arms.load, lambda place: choose(str(place))):
-            with pytest.raises(ConfigError, match=r"is no file: give a TOML file|no preset file"):
+            with pytest.raises(ConfigError, match=r"not a file\. Give a TOML file|no preset file|No such device"):
                 reader(path)
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import BinaryIO
 
 from fedtune.errors import ModelError
-from fedtune.regular import open_regular
+from fedtune.regular import ANY, open_regular
 
 CHUNK = 1 << 24  # bytes read at a time
 LENGTH = 32  # hexadecimal digits
@@ -40,7 +39,7 @@ def weights_fingerprint(folder: Path) -> str:
 def _tensors(path: Path) -> list[str]:
     """One line a tensor: name, type, shape, digest of its bytes."""
     try:
-        with open_regular(path, sys.maxsize) as file:
+        with open_regular(path, ANY) as file:
             size = int.from_bytes(file.read(8), "little")
             if size > LONGEST_HEADER:
                 raise ValueError(f"a header of {size} bytes")

@@ -24,11 +24,11 @@ from threading import Event, Lock
 from typing import Any
 
 from fedtune import toml
-from fedtune.bounded import opened
 from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, Interrupted, RunFolderError, UnchangedError
 from fedtune.foreign import for_screen
 from fedtune.private import make_folder, opener
+from fedtune.regular import ANY, open_regular
 from fedtune.report.table import measured
 from fedtune.resume import stored_settings
 from fedtune.run_folder import SUMMARY, RunFolder, replace_file
@@ -265,7 +265,7 @@ def _problem(folder: Path, code: int) -> str:
 
 
 def _last_words(log: Path) -> str:
-    with opened(log) as file:
+    with open_regular(log, ANY) as file:
         file.seek(-min(os.fstat(file.fileno()).st_size, 4 * TAIL), os.SEEK_END)
         return file.read(4 * TAIL).decode(errors="replace")
 

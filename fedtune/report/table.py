@@ -16,9 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fedtune.bounded import read_file
 from fedtune.errors import MissingPackageError, TableError
 from fedtune.foreign import for_screen
+from fedtune.regular import read_regular
 from fedtune.run_folder import replace_file
 
 CSV, PARQUET = ".csv", ".parquet"
@@ -144,7 +144,7 @@ def read(path: Path) -> list[Row]:
     """
     decode = _by_ending(path, {CSV: _from_csv, PARQUET: _from_parquet})
     try:
-        rows = enumerate(decode(read_file(path, MOST_BYTES), path), start=1)
+        rows = enumerate(decode(read_regular(path, MOST_BYTES), path), start=1)
         table = [_row(values, path, number) for number, values in islice(rows, MOST_ROWS + 1)]
     except OSError as error:
         raise TableError(f"'{path}' cannot be read as a table: {error.strerror or error}.", path=str(path)) from error
