@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedtune.errors import ConfigError
+from fedtune.regular import open_regular
 from fedtune.source_names import expand, split_source
 
 
@@ -21,9 +22,7 @@ def source_digest(source: str) -> bytes:
         path = Path(expand(place.partition("?")[0] if prefix else place))  # a named data set may have options
         if path.is_dir():
             return _stamp(path.rglob("*"))
-        if not path.is_file():  # a pipe or a device would be read for ever
-            return b""
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").digest()
     except (OSError, ValueError, ConfigError):
         return b""  # whoever reads the data says what is wrong with it

@@ -14,7 +14,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import client.app
-from client.settings import FILES, MOST, WHO, Who, for_node, settings_of
+from client.settings import FILES, WHO, Who, for_node, settings_of
 from fedtune.config import RunConfig
 from fedtune.data.files import read_rows
 from fedtune.data.sources.named import read_source
@@ -106,11 +106,13 @@ def test_a_machine_of_the_servers_own_operator_takes_its_paths_and_expands_nothi
             settings_of(asked, {"server-decides": untrue})
 
 
-@pytest.mark.parametrize(("key", "most"), [*MOST.items()])
+@pytest.mark.parametrize(
+    ("key", "most"), [("batch_size", 1 << 16), ("accumulate", 1 << 16), ("local_steps", 1_000_000), ("max_length", 1 << 20)]
+)
 def test_a_node_does_a_bounded_amount_of_work(key: str, most: int, on_node: None) -> None:
     method: Node = {"algorithm": "ferret"}
     assert getattr(settings_of({**method, key: most}, {}), key) == most
-    with pytest.raises(ConfigError, match=rf"asks for {key} = {most + 1:,}; a node takes {most:,} at most"):
+    with pytest.raises(ConfigError, match=rf"'{key}' = {most + 1}: Input should be less than or equal to {most}"):
         settings_of({**method, key: most + 1}, {})
 
 

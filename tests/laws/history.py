@@ -111,6 +111,8 @@ TABLE: dict[str, tuple[Settings, Any]] = {
     "round_timeout": ({}, 60.0),
     "wait_timeout": ({}, 60.0),
     "min_clients": ({}, 1),
+    "grace": ({}, 0.0),
+    "max_examples": ({}, 5_000),
 }
 SMALL: Settings = {
     "model": "{tiny}", "data": "{rows.jsonl}", "device": "cpu", "threads": 1, "clients": 3, "clients_per_round": 2, "rounds": 1,
@@ -193,7 +195,9 @@ def _through(keeper: Keeper) -> Callable[[Message, Context], Message]:
 
     def handler(message: Message, context: Context) -> Message:
         before = client.app.trainer
-        client.app.trainer = lambda message, context: _Kept(keeper, client.app._config(context))
+        client.app.trainer = lambda message, context: _Kept(
+            keeper, client.app.settings_of(context.run_config, context.node_config)
+        )
         try:
             return client.app.app(message, context)
         finally:
