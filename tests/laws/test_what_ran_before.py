@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -98,15 +98,25 @@ BOTH = pytest.mark.parametrize("kept", [False, True], ids=["process", "worker"])
 
 @BOTH
 def test_every_run_is_what_it_is_in_a_fresh_process(kept: bool, folder: Path, expected: Callable[[Settings], Outcome]) -> None:
-    """Each setting as usual and changed, in turn, so that every run follows one with another value, in both directions."""
+    """Every run follows one with another value of its setting, and is followed by one that has the usual value again."""
     keeper = Keeper() if kept else None
-    different: list[tuple[str, Settings]] = []
-    for key in KEYS:
-        usual, changed = pair(key)
-        for settings in (changed, usual) if kept else (usual, changed):
-            if outcome(placed(settings, folder), folder, keeper) != expected(settings):
-                different.append((key, settings))
+    different = [
+        settings for settings in walk(KEYS[::-1] if kept else KEYS)
+        if outcome(placed(settings, folder), folder, keeper) != expected(settings)
+    ]  # fmt: skip
     assert not different
+
+
+def walk(keys: Sequence[str]) -> Iterator[Settings]:
+    """The runs with a changed setting, one after another; where what they have in common changes, the usual run between."""
+    before: Settings | None = None
+    for key in keys:
+        usual, changed = pair(key)
+        yield from [run for run in (before, usual) if run is not None and before != usual]
+        yield changed
+        before = usual
+    if before is not None:
+        yield before
 
 
 def test_the_table_tells_values_apart(expected: Callable[[Settings], Outcome]) -> None:
