@@ -30,7 +30,7 @@ from fedtune.resident import DATA_SETTINGS, MODEL_SETTINGS, release, renewed, re
 from tests.laws.history import SMALL, TABLE, Outcome, Settings, outcome, pair, placed
 
 ROOT = Path(__file__).parents[2]
-KEYS = [key for key in TABLE if key != "resume"]
+KEYS = sorted((key for key in TABLE if key != "resume"), key=lambda key: repr(TABLE[key][0]))  # like beside like
 
 
 @pytest.fixture(scope="module")
