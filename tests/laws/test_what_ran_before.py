@@ -5,6 +5,7 @@ Over all settings, so that a new one fails here until it has another value in th
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,7 @@ def _name(settings: Settings) -> str:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda *_: None)
+    monkeypatch.setattr(importlib.metadata, "version", cache(importlib.metadata.version))
     release()
 
 
