@@ -176,8 +176,9 @@ def pack_blocks(values: F32, counts: I64, bits: int) -> bytes:
     limit = 2 ** (bits - 1) - 1
     largest = np.zeros(len(counts), dtype=np.float32)
     owner = np.repeat(np.arange(len(counts)), counts)
-    np.maximum.at(largest, owner, np.abs(values, dtype=np.float32))
-    units = _rounded_up(largest / np.float32(limit))
+    with np.errstate(invalid="ignore"):  # a signalling NaN makes the unit NaN as any other does
+        np.maximum.at(largest, owner, np.abs(values, dtype=np.float32))
+        units = _rounded_up(largest / np.float32(limit))
     each = units[owner]
     usable = np.isfinite(each) & (each > 0)
     quotients = np.divide(values, each, out=np.zeros(len(values), np.float32), where=usable)

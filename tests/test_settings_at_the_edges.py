@@ -19,11 +19,12 @@ from client.messages import config_of, settings_digest, settings_of
 from fedtune import methods, toml
 from fedtune.cli.presets import choose
 from fedtune.config import RunConfig, read_setting
-from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
+from fedtune.errors import ConfigError, ContradictionError, FedtuneError, UnknownSettingError
 from fedtune.experiments import arms
 from fedtune.experiments.cells import as_toml
 from fedtune.values import as_written, kind_of
 from simulations.engines.flower_app import config_lines
+from simulations.engines.in_process import run_in_process
 
 TEXTS = st.text(st.characters(), max_size=300)
 SCALARS = st.one_of(
@@ -255,3 +256,38 @@ def test_a_path_that_no_file_system_takes_is_refused(path: str) -> None:
     for reader in (RunConfig.load, choose):
         with pytest.raises(ConfigError):
             reader(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "${LONG}"}, {"model": "{}/rows.jsonl"}, {"model": "{}/pipe.jsonl"}, {"model": "{}"}, {"model": "a//b"},
+        {"model": "ü/ü"}, {"model": "~nobody/x"}, {"model": "../" * 1300 + "x"}, {"data": ""}, {"data": "${LONG}"},
+        {"data": "{}"}, {"data": "{}/pipe.jsonl"}, {"data": "{}/folder.jsonl"}, {"data": "/dev/zero"}, {"data": "ni:x"},
+        {"data": "natural-instructions:{}?share=nan"}, {"data": "code-alpaca:${LONG}"}, {"holdout_file": "{}/pipe.jsonl"},
+        {"instruction_column": ""}, {"output_column": "\n"}, {"device": "cuda:99999999999999999999"}, {"device": "cpu:-1"},
+        {"device": "CPU"}, {"device": "meta"}, {"device": "cuda:\u0661"}, {"device": "cpu "}, {"out": "{}/rows.jsonl"},
+        {"out": "{}/rows.jsonl/x"}, {"out": "{}/pipe.jsonl"}, {"out": "/proc/nothing"}, {"out": "${LONG}"}, {"resume": "{}"},
+        {"resume": "{}/pipe.jsonl"}, {"resume": "nowhere"}, {"holdout": 0.0}, {"holdout": 0.999999}, {"clients": 10**6},
+        {"partition": "column", "category_column": ""}, {"algorithm": "lora", "lora_targets": ","},
+        {"algorithm": "local", "only_client": "nobody"}, {"max_length": 8}, {"max_length": 2**20},
+    ],
+    ids=lambda changes: " ".join(f"{key}={str(value)[:25]!r}" for key, value in changes.items()),
+)  # fmt: skip
+@pytest.mark.timeout(60)
+def test_a_run_with_a_mean_setting_ends_with_an_error_of_ours(
+    changes: dict[str, Any], tmp_path: Path, tiny_folder: Path, instructions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first round; nothing is waited for, and nothing is read without end."""
+    monkeypatch.setenv("LONG", "x" * 300)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}")
+    usual = {
+        "model": str(tiny_folder), "data": str(instructions), "out": str(tmp_path / "run"), "device": "cpu", "threads": 1,
+        "clients": 2, "rounds": 1, "local_steps": 1, "min_samples": 2, "max_length": 64, "template": "plain",
+    }  # fmt: skip
+    named = {key: value.replace("{}", str(tmp_path)) if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(FedtuneError):
+        run_in_process(RunConfig.from_mapping({**usual, **named}).with_absolute_paths())

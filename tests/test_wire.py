@@ -257,6 +257,32 @@ def test_what_is_too_large_or_not_finite_for_eight_bits() -> None:
     assert np.isnan(got[4])
 
 
+SPECIAL = [
+    0x7F800000,
+    0xFF800000,
+    0x7F800001,
+    0x7F80FFFF,
+    0x7FBFFFFF,
+    0x7FC00000,
+    0x7FFF8000,
+    0x7FFFFFFF,
+    0xFF800001,
+    0xFFFFFFFF,
+]
+
+
+@given(st.sampled_from(SPECIAL) | st.integers(0x7F800000, 0x7FFFFFFF) | st.integers(0xFF800000, 0xFFFFFFFF))
+def test_what_is_not_finite_stays_so_at_every_width(pattern: int) -> None:
+    """Every NaN and infinity, whatever its bits: rounded up, 0x7FFFFFFF would be -0.0, and nobody would see it."""
+    value = np.array([pattern], dtype="<u4").view("<f4")
+    for bits in (32, 16, 8):
+        got = words.round_scalars(value, bits)
+        assert np.isnan(got[0]) if np.isnan(value[0]) else got[0] == value[0]
+    for bits in (32, 16, 8, 4):
+        reader = words.Reader(words.pack_blocks(np.append(value, np.float32(1.0)), np.array([2]), bits))
+        assert not np.isfinite(words.unpack_blocks(reader, np.array([2]), bits)).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.sampled_from([4, 8]), st.integers(0, 2**32 - 1))
 def test_coordinates_are_within_half_a_unit_of_their_block(counts: list[int], bits: int, seed: int) -> None:

@@ -55,6 +55,6 @@ def _entry(path: Path, number: int, line: str) -> tuple[str, str]:
 
 def _unquoted(name: str, value: str) -> str:
     """`value`, refused if single quotes or Flower's double quotes could not hold it."""
-    if any(mark in value for mark in "'\"\n\\"):
+    if any(mark in value for mark in "'\"\\\0") or value.splitlines() not in ([], [value]):
         raise DeployError(f"{name} = {value!r} has a quote, a backslash or a line break: rename it.")
     return value

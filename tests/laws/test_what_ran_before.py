@@ -5,6 +5,7 @@ Over all settings, so that a new one fails here until it has another value in th
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ from fedtune.resident import DATA_SETTINGS, MODEL_SETTINGS, release, renewed, re
 from tests.laws.history import SMALL, TABLE, Outcome, Settings, outcome, pair, placed
 
 ROOT = Path(__file__).parents[2]
-KEYS = [key for key in TABLE if key != "resume"]
+KEYS = sorted((key for key in TABLE if key != "resume"), key=lambda key: repr(TABLE[key][0]))  # like beside like
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,7 @@ def _name(settings: Settings) -> str:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda *_: None)
+    monkeypatch.setattr(importlib.metadata, "version", cache(importlib.metadata.version))
     release()
 
 

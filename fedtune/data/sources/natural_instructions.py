@@ -24,6 +24,7 @@ from fedtune.data.sources.base import Rows, place_and_options
 from fedtune.errors import DataError
 from fedtune.regular import open_regular
 from fedtune.seeds import Stream
+from fedtune.values import as_written
 
 FEWEST = 20
 """Usable instances below which a train task is left out; instances that a test task gives at least, if it has them."""
@@ -57,7 +58,7 @@ def train_rows(place: str, config: RunConfig) -> Rows:
         raise DataError(f"'{place}': option 'share' is the part of each task to take, above 0 and at most 1.")
 
     def size(usable: int) -> int:
-        return int(usable * options["share"]) if usable >= FEWEST else 0
+        return int(usable * as_written(options["share"])) if usable >= FEWEST else 0
 
     return _read(folder, "train", options["max_characters"], config.seed, size)
 
