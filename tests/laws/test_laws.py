@@ -131,14 +131,16 @@ def test_a_clients_own_model_is_what_the_server_rebuilds(settings: Callable[...,
 
 def test_a_client_that_missed_rounds_or_restarted_catches_up(settings: Callable[..., RunConfig]) -> None:
     expected = run(settings()).summary["digest"]
+    lost: list[object] = []
 
     def forgetful(message: Message, context: Context) -> Message:
-        context.state.config_records.pop("fedtune", None)
+        lost.append(context.state.config_records.pop("fedtune", None))
         return client.app.app(message, context)
 
     again = run(settings(out=settings().out + "-2"), handler=forgetful)
     assert again.summary["digest"] == expected
     assert not again.refused
+    assert any(record is not None for record in lost)
 
 
 # ---------------------------------------------------------------------------------------------------- law 3

@@ -59,8 +59,12 @@ def test_a_client_with_another_base_model_is_refused_and_the_others_go_on(settin
     def change(partition: int, record: ConfigRecord) -> ConfigRecord:
         return ConfigRecord({**record, "fingerprint": b"?" * 16}) if partition == 2 else record
 
-    outcome = run(settings, handler=introducing(change))
-    assert "2" not in outcome.folder.read_metrics()[1]["clients"]
+    heard: list[Event] = []
+    with listening(heard.append):
+        outcome = run(settings, handler=introducing(change))
+    assert outcome.folder.read_metrics()[1]["clients"] == ["0", "1", "3"]
+    refused = [event.text for event in heard if isinstance(event, Note) and event.warning]
+    assert [text.startswith("A client was refused: Client 2 ") for text in refused] == [True]
 
 
 def test_if_too_few_remain_the_first_reason_is_the_error(settings: RunConfig) -> None:
