@@ -178,6 +178,63 @@ def test_packed_integers_survive(bits: int, data: st.DataObject) -> None:
     assert words.unpack_integers(packed, len(values), bits).tolist() == values.tolist()
 
 
+@pytest.mark.parametrize("bits", [3, 8, 13])
+def test_many_packed_integers_are_one_number_of_binary_digits(bits: int) -> None:
+    """Against Python's whole numbers; more of them than are spread at a time."""
+    limit, count = 2 ** (bits - 1) - 1, 2 * words.AT_ONCE + 3
+    values = np.random.default_rng(bits).integers(-limit, limit + 1, size=count).astype(np.int32)
+    digits = "".join(format(value + limit + 1, f"0{bits}b") for value in values[::-1].tolist())
+    packed = words.pack_integers(values, bits)
+    assert packed == int(digits, 2).to_bytes(-(-count * bits // 8), "little")
+    assert words.unpack_integers(packed, count, bits).tolist() == values.tolist()
+
+
+def test_halves_go_to_the_even_neighbour() -> None:
+    def rounded(bits: int, *values: float) -> list[float]:
+        return [float(value) for value in words.round_scalars(np.array(values, dtype=np.float32), bits)]
+
+    assert rounded(16, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8) == [1.0, 1 + 2**-6, -1.0]
+    assert rounded(8, 1.125, 1.375, -1.125, 1.13) == [1.0, 1.5, -1.0, 1.25]
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_no_pattern_of_a_nan_becomes_a_number(bits: int) -> None:
+    patterns = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0xFF800001, 0x7F800000], dtype=np.uint32)
+    got = words.round_scalars(patterns.view(np.float32), bits)
+    assert np.isnan(got[:-1]).all()
+    assert got[-1] == np.inf
+
+
+def test_a_unit_is_no_larger_than_its_block_needs() -> None:
+    """7 and -14 at 4 bits, |q| <= 7: units 1 and 2, which bfloat16 has; nothing, and 7.0001, which need 0 and one step more."""
+    sizes = np.array([1, 1, 0, 1])
+    data = words.pack_blocks(np.array([7.0, -14.0, 7.0001], np.float32), sizes, 4)
+    assert data.hex() == "803f" + "0040" + "0000" + "813f" + "1f" + "0f"
+    assert words.unpack_blocks(words.Reader(data), sizes, 4).tolist() == [7.0, -14.0, 7 * (1 + 2**-7)]
+
+
+def test_a_block_of_zeros_or_of_what_is_not_finite_has_no_other_numbers() -> None:
+    data = words.pack_blocks(np.array([0.0, 0.0, np.inf, 1.0], np.float32), np.array([2, 2]), 4)
+    assert data.hex() == "0000" + "807f" + "88" + "88"
+
+
+@pytest.mark.parametrize("exponent", [-120, 100])
+def test_exponents_at_the_ends_of_their_range_survive(exponent: int) -> None:
+    sent = replace(coefficients(), exponents=np.array([exponent], np.int32))
+    data = packing.encode_pool(sent, 4)
+    assert packing.decode_pool(data, POOLS[0], 1, 4).identity == sent.identity
+    beyond = data[:9] + struct.pack("<b", exponent + (1 if exponent > 0 else -1)) + data[10:]
+    with pytest.raises(MalformedMessageError, match="exponent is outside"):
+        packing.decode_pool(beyond, POOLS[0], 1, 4)
+
+
+def test_a_prefix_may_be_a_whole_block() -> None:
+    """No writer chooses it, since dense is shorter; every reader takes it."""
+    dense = packing.encode_pool(coefficients(), 4)
+    data = dense[:8] + b"\x04" + dense[9:10] + b"\x08\x00" + dense[10:]
+    assert packing.decode_pool(data, POOLS[0], 1, 4).identity == coefficients().identity
+
+
 def test_the_shorter_form_is_chosen() -> None:
     pool = Pool("hadamard", 0, 1024)
     few = np.zeros((1, 1024), dtype=np.int32)
@@ -374,6 +431,37 @@ def test_a_hostile_update_is_refused(name: str) -> None:
         read_update(data, kind)
 
 
+@pytest.mark.parametrize(
+    ("sent", "kind"),
+    [
+        (scalars(steps=50, scalars=np.ones(50, np.float32)), Kind.SCALARS),
+        (scalars(train_loss=0.0), Kind.SCALARS),
+        (scalars(train_loss=wire.LARGEST_LOSS), Kind.SCALARS),
+        (scalars(examples=1), Kind.SCALARS),
+        (scalars(status=Status.NOT_FINITE, steps=0, scalars=np.zeros(0, np.float32)), Kind.SCALARS),
+        (coordinates(counts=np.array([8, 0, 2]), scalars=np.ones(10, np.float32)), Kind.COORDINATES),
+    ],
+    ids=["most steps", "no loss", "largest loss", "one sample", "no step of a client that failed", "all coordinates"],
+)
+def test_what_is_just_allowed_is_read(sent: Update, kind: Kind) -> None:
+    got = read_update(encode(sent, 32), kind)
+    assert (got.steps, got.examples, got.train_loss, got.status) == (sent.steps, sent.examples, sent.train_loss, sent.status)
+    assert (got.counts.tolist(), got.scalars.tolist()) == (sent.counts.tolist(), sent.scalars.tolist())
+    assert (got.counts.dtype, got.scalars.dtype) == (np.int64, np.float32)
+
+
+def test_all_coordinates_of_a_block_may_be_asked_for() -> None:
+    sent = instruction(counts=np.array([8], dtype=np.uint16))
+    assert read_instruction(wire.encode_instruction(sent, 4)).counts.tolist() == [8]
+
+
+def test_the_head_alone_names_base_and_model() -> None:
+    data = wire.encode_instruction(instruction(), 4)
+    assert wire.named_state(data[:60]) == (DIGEST, FINGERPRINT)
+    with pytest.raises(MalformedMessageError, match="ends after 59 bytes"):
+        wire.named_state(data[:59])
+
+
 def heads() -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     """What a sound message begins with, up to where a round's own numbers end, and its reader."""
     sound = {Kind.SCALARS: scalars(), Kind.COORDINATES: coordinates(), Kind.WEIGHTS: weights()}
@@ -500,6 +588,31 @@ def test_a_difference_beyond_the_grid_is_refused() -> None:
     before, data = difference()
     with pytest.raises(MalformedMessageError, match="outside its grid"):
         packing.decode_pool(data[:9] + b"\xe8" + data[10:], POOLS[0], 1, 4, lambda: before)
+
+
+@pytest.mark.parametrize(("more", "taken"), [(1, True), (2, False)])
+def test_a_difference_leads_to_the_largest_of_its_grid_and_not_beyond(more: int, taken: bool) -> None:
+    """4 bits: 7 is the largest."""
+    before = coefficients(values=[6, 1, 1, 1, 1, 1, 1, 1])
+    after = PoolCoefficients(POOLS[0], before.q + more * np.eye(1, 8, dtype=np.int32), before.exponents)
+    data = packing.encode_pool(after, 24, before)
+    assert data[8] == packing.Form.DIFFERENCE
+    if taken:
+        assert packing.decode_pool(data, POOLS[0], 1, 4, lambda: before).q.tolist() == after.q.tolist()
+    else:
+        with pytest.raises(MalformedMessageError, match="outside its grid"):
+            packing.decode_pool(data, POOLS[0], 1, 4, lambda: before)
+
+
+@pytest.mark.parametrize(("had", "on_the_grid"), [(2**22 - 1, 2**23 - 2), (-(2**22), 0), (2**22, 0)])
+def test_what_is_too_large_for_a_finer_grid_counts_as_zero(had: int, on_the_grid: int) -> None:
+    """Above 2^23 - 1, the largest of 24 bits: the difference is then the new coefficient."""
+    pool, others = Pool("hadamard", 0, 64), np.arange(1, 64)
+    before = PoolCoefficients(pool, np.append(had, others).astype(np.int32)[None], np.array([1], np.int32))
+    after = PoolCoefficients(pool, np.append(on_the_grid + 1, 2 * others).astype(np.int32)[None], np.array([0], np.int32))
+    data = packing.encode_pool(after, 24, before)
+    assert packing.decode_pool(data, pool, 1, 24, lambda: before).q.tolist() == after.q.tolist()
+    assert (data[8], data[18]) == (packing.Form.DIFFERENCE, 2)  # one number of 2 bits: 1
 
 
 def test_coefficients_beyond_exact_sums_are_refused() -> None:
