@@ -39,9 +39,10 @@ JSON = [
      [[], {}, [["a"]], [["a", [1], 2]], [["a", [2**20, 2**20]], ["b", [1]]], [["a", [1] * 17]], [[1, [1]]], [["a", 1]],
       [["a", [-1]]], [["a", [0.5]]], [["a" * (LONGEST_NAME + 1), [1]]]]),
 ]  # fmt: skip
+SCORES = ("eval_loss_sample_mean", "perplexity", "rouge_l", "rouge_l_papers", "exact_match")
 DETAILS = {  # what must be there, what may be there, and wrong values of both
-    "evaluation": ({"round": 3, "eval_loss": None}, {"rouge_l": 0.5, "seconds": {"a": 1.0}},
-                   {"round": -1, "eval_loss": "x", "rouge_l": True, "seconds": {"a": "b"}, "cpu_seconds": []}),
+    "evaluation": ({"round": 3, "eval_loss": None}, {**dict.fromkeys(SCORES, 0.5), "seconds": {"a": 1.0}},
+                   {"round": -1, "eval_loss": "x", **dict.fromkeys(SCORES, True), "seconds": {"a": "b"}, "cpu_seconds": []}),
     "attempt": ({"round": 1, "clients": ["a"], "refused": {"a": "b"}, "seconds": {"a": 1}, "traffic": {"a": SIX}}, {},
                 {"round": True, "clients": [1], "refused": {"a": 1}, "seconds": {"a": ""}, "traffic": {"a": [1]}}),
     "resume": ({"settings": {"a": 1, "b": "c", "d": True}, "versions": {"a": "1"}}, {},
@@ -79,7 +80,9 @@ def as_read(kind: str, value: object) -> object:
 
 
 def refused(kind: str, value: object) -> None:
-    with pytest.raises(DamagedLedgerError, match=r"is damaged: column x of event 3 \(table events\)") as caught:
+    with pytest.raises(
+        DamagedLedgerError, match=r"column x of event 3 \(table events\) (is|has|holds) \w.*\. Restore"
+    ) as caught:
         read(kind, value)
     assert caught.value.facts == {"row": "event 3", "table": "events", "column": "x"}
 
