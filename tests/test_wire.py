@@ -519,10 +519,10 @@ def test_what_is_too_large_for_a_finer_grid_counts_as_zero(had: int, on_the_grid
     """Above 2^23 - 1, the largest of 24 bits: the difference is then the new coefficient."""
     pool, others = Pool("hadamard", 0, 64), np.arange(1, 64)
     before = PoolCoefficients(pool, np.append(had, others).astype(np.int32)[None], np.array([1], np.int32))
-    after = PoolCoefficients(pool, np.append(on_the_grid + 4, 2 * others).astype(np.int32)[None], np.array([0], np.int32))
+    after = PoolCoefficients(pool, np.append(on_the_grid - 7, 2 * others).astype(np.int32)[None], np.array([0], np.int32))
     data = packing.encode_pool(after, 24, before)
     assert packing.decode_pool(data, pool, 1, 24, lambda: before).q.tolist() == after.q.tolist()
-    assert (data[8], data[18]) == (packing.Form.DIFFERENCE, 4)  # one number of 4 bits: 4
+    assert (data[8], data[18]) == (packing.Form.DIFFERENCE, 4)  # one number of 4 bits: -7
 
 
 def test_coefficients_beyond_exact_sums_are_refused() -> None:
