@@ -45,6 +45,10 @@ def link(previous: bytes, table: str, values: Iterable[Value]) -> bytes:
 def as_text(value: Mapping[str, Any] | Sequence[Any]) -> str:
     """JSON in its one canonical spelling: sorted keys, no spaces, control characters escaped (`fedtune.foreign.for_json`).
 
-    Raises ValueError for a number that is not finite.
+    Half a character, which no reader takes, becomes U+FFFD. Raises ValueError for a number that is not finite.
+
+    >>> as_text(["\\ud83d", 1])
+    '["\ufffd",1]'
     """
-    return for_json(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return for_json(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))

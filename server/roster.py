@@ -117,7 +117,7 @@ class Roster:
     def _is_dropped(self, client: str, node: Node) -> bool:
         """Whether a client, or the node that was asked under its id, was dropped."""
         ids = {other.lower() for other in self.dropped}
-        return client.lower() in ids or (node.key != "" and node.key in {self._keys.get(other) for other in ids})
+        return client.lower() in ids or node.key in {self._keys.get(other) for other in ids}
 
     def _check_owner(self, client: str, node: Node, claims: _Claims) -> None:
         """Refuse an id that is another node's."""

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.coefficients import EXACT_SUM, Coefficients, PoolCoefficients, quantise
+from fedtune.coefficients import EXACT_SUM, Coefficients, PoolCoefficients, quantise, summable
 from fedtune.directions.base import Pool
 from fedtune.errors import NonFiniteError
 
-POOL = Pool("hadamard", 1, 64)
+POOL, AXES = Pool("hadamard", 1, 64), Pool("axes", 0, 64)
 BASE = b"b" * 16
 
 
@@ -52,6 +52,35 @@ def test_what_is_not_finite_never_becomes_a_coefficient(bad: float) -> None:
         quantise(POOL, values, 8)
 
 
+@pytest.mark.parametrize(("pool", "largest"), [(POOL, 100), (AXES, 92)], ids=["sums", "no sums"])
+def test_exponents_go_to_the_ends_of_their_range_and_not_beyond(pool: Pool, largest: int) -> None:
+    """-120 .. 100, and 8 less where coefficients of 32 bits are not summed: 2^31 2^92 is a float32, 2^31 2^100 is none."""
+
+    def one(value: float) -> PoolCoefficients:
+        return quantise(pool, np.pad([[value]], ((0, 0), (0, 63))), 8)
+
+    high, low = one(127 * 2.0**largest), one(2.0**-120)
+    assert (high.q[0, 0], high.exponents.tolist()) == (127, [largest])
+    assert (low.q[0, 0], low.exponents.tolist()) == (1, [-120])
+    assert (one(2.0**-122).is_zero, one(2.0**-122).exponents.tolist()) == (True, [0])
+    with pytest.raises(NonFiniteError, match="too large for float32"):
+        one(127 * 2.0 ** (largest + 1))
+
+
+def test_a_sum_of_two_to_the_24_is_exact_and_one_more_is_not() -> None:
+    q = np.full((2, 64), 2**18, np.int32)
+    assert summable(POOL, q, np.full(2, 100, np.int32))
+    q[1, 5] -= 2**19 + 1  # a block counts alone, and its numbers without their signs
+    assert not summable(POOL, q, np.zeros(2, np.int32))
+
+
+def test_what_has_no_sums_is_bounded_by_its_exponent_where_it_is_not_zero() -> None:
+    q = np.zeros((2, 64), np.int32)
+    q[0] = 2**31 - 1
+    assert summable(AXES, q, np.array([92, 100], np.int32))
+    assert not summable(AXES, q, np.array([93, 0], np.int32))
+
+
 def test_a_digest_names_base_pool_and_coefficients() -> None:
     def digest(pool: Pool = POOL, first: int = 1, exponent: int = 0, base: bytes = BASE) -> bytes:
         q = np.zeros((1, 64), dtype=np.int32)
@@ -70,6 +99,7 @@ def test_a_pool_of_zeros_does_not_change_the_digest() -> None:
     one = quantise(Pool("hadamard", 9, 64), np.ones((1, 64)), 8)
     assert Coefficients((zero, one, zero)).digest(BASE) == Coefficients((one,)).digest(BASE)
     assert Coefficients(()).digest(BASE) == Coefficients((zero,)).digest(BASE)
+    assert PoolCoefficients.zero(POOL, 1).identity == zero.identity
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
@@ -86,3 +116,9 @@ def test_a_coarse_grid_is_the_one_with_the_least_error(bits: int, outlier: float
     least = min(error(exponent) for exponent in range(-12, 8))
     assert float(np.square(found.values[0].astype(np.float64) - row).sum()) == pytest.approx(least, rel=1e-6)
     assert (found.q != 0).mean() > 0.2
+
+
+def test_of_two_coarse_grids_with_the_same_error_the_coarser_is_taken() -> None:
+    """2 bits, |q| <= 1, of 1 and 1/2: at 1 the half is lost, at 1/2 half of the one, a squared error of 1/4 each."""
+    found = quantise(POOL, np.pad([[1.0, 0.5]], ((0, 0), (0, 62))), 2)
+    assert (found.exponents.tolist(), found.q[0, :2].tolist()) == ([0], [1, 0])

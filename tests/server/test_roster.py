@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import RunConfig
-from fedtune.errors import FedtuneError, MalformedMessageError, MismatchError, ModelError, WireError
+from fedtune.errors import FedtuneError, MalformedMessageError, MismatchError, ModelError, RunError, WireError
 from fedtune.progress import Event, Note, listening
 from server.nodes import Node, connected_nodes
 from server.roster import Roster
@@ -210,6 +210,43 @@ def test_who_has_more_than_half_of_all_samples_is_named_once() -> None:
     assert warned("examples", 10, 30, 20) == []
     assert warned("examples", 10, 31) == []  # of two, one always has half
     assert warned("equal", 10, 31, 20) == []
+
+
+# ---------------------------------------------------------------------------------------------------- enough of them
+
+
+@pytest.mark.parametrize(
+    ("config", "dropped", "wanted", "needed"),
+    [
+        (CONFIG.replace(clients_per_round=3), (), 4, 3),
+        (CONFIG.replace(clients_per_round=3, min_clients=3), (), 3, 3),
+        (CONFIG.replace(clients_per_round=3), ("x", "y"), 2, 2),
+        (RunConfig(algorithm="central", clients=4), (), 4, 1),
+    ],
+    ids=["a round's", "fewer to start with", "two dropped", "one party"],
+)
+def test_a_run_starts_with_the_clients_of_its_first_round_and_not_with_fewer(
+    config: RunConfig, dropped: tuple[str, ...], wanted: int, needed: int
+) -> None:
+    said = Said(config, dropped=dropped)
+    assert said.roster.wanted == wanted
+    problems = [MismatchError("the first."), ModelError("the second.")]
+    for here in range(needed):
+        with pytest.raises(MismatchError, match="the first"):
+            said.roster.check_enough(4, problems)
+        with pytest.raises(RunError, match=rf"Only {here} of 4 nodes introduced themselves; a round asks {needed}\."):
+            said.roster.check_enough(4, [])
+        assert said.say(PLAIN[here + 1], PLAIN, str(here)) is None
+    said.roster.check_enough(4, problems)
+
+
+def test_a_node_is_asked_again_once_and_only_if_it_is_known() -> None:
+    said = Said()
+    assert said.say(A, all_of(A)) is None
+    said.roster.ask_again("a")
+    said.roster.ask_again("nobody")
+    assert said.roster.doubtful() == {A.id}
+    assert said.roster.doubtful() == set()
 
 
 # ---------------------------------------------------------------------------------------------------- anything at all
