@@ -25,7 +25,7 @@ from typing import Any
 
 from fedtune import toml
 from fedtune.config import RunConfig
-from fedtune.errors import FedtuneError, Interrupted, RunFolderError, UnchangedError
+from fedtune.errors import EngineError, FedtuneError, Interrupted, RunFolderError, UnchangedError
 from fedtune.foreign import for_screen
 from fedtune.private import make_folder, opener
 from fedtune.regular import ANY, open_regular
@@ -187,13 +187,19 @@ class _Office:
 
 
 def _start(arguments: Sequence[str], log: Path, place: Mapping[str, str]) -> BaseProcess:
-    """A new process of `fedtune` with these arguments; what it prints goes to the file `log`."""
+    """A new process of `fedtune` with these arguments; what it prints goes to the file `log`. Raises EngineError."""
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(PRELOADED)
     process: BaseProcess = context.Process(target=_child, args=(list(arguments), str(log), dict(place)))
-    process.start()
+    try:
+        process.start()
+    except (EOFError, OSError) as error:  # an EOFError would be taken for the end of a terminal's input, and for Ctrl-C
+        raise EngineError(
+            "The process from which runs are started has ended, perhaps for want of memory: use fewer --workers. "
+            "What is finished is kept; the same command carries on from there."
+        ) from error
     return process
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,20 @@ def test_compare_and_sweep_count_such_runs_as_failed_also_when_they_find_them(fe
         assert swept.code == 1, time
         assert "No combination has run all rounds" in swept.err
         assert UNCHANGED in json.loads(swept.out)[0]["stopped"]
+
+
+def test_a_process_that_cannot_be_started_is_no_ctrl_c(fedtune: Fedtune, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fork server was killed: multiprocessing says EOFError, of which click makes Ctrl-C."""
+    asked: list[BaseProcess] = []
+
+    def start(self: BaseProcess) -> None:
+        asked.append(self)
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(BaseProcess, "start", start)
+    outcome = fedtune("compare", small, "--algorithms", "fedkseed", "--seeds", "1", "--out", "both")
+    assert (outcome.code, len(asked)) == (1, 1)
+    assert "The process from which runs are started has ended" in outcome.err
 
 
 def test_the_demo_fails_with_the_first_run_that_does(fedtune: Fedtune, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
