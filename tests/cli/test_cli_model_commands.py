@@ -177,7 +177,7 @@ def test_an_exported_model_loads_and_has_the_loss_of_the_run(
     fedtune: Callable[..., Outcome], trained: RunFolder, tmp_path: Path
 ) -> None:
     outcome = fedtune("export", str(trained.path), "--out", "deep/tuned")
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err) == (0, f"The base model is '{trained.config().model}', as the run folder says.\n")
     summary = trained.summary()
     assert "the model after round 2, " in outcome.out
     assert str(summary["digest"]) in outcome.out

@@ -161,8 +161,10 @@ def update(recording: Recording, round: int, client: int, scalars: npt.NDArray[n
 def use_recorded_seeds(patch: pytest.MonkeyPatch, recording: Recording) -> None:
     """FedKSeed's clients use the seeds that were recorded, in place of those of our named stream."""
 
-    def recorded(config: RunConfig, round: int, client: str, pool_size: int, weights: object) -> npt.NDArray[np.int64]:
-        return np.array([recording.numbers[step.seed] for step in recording.steps[round, int(client)]], dtype=np.int64)
+    def recorded(
+        config: RunConfig, round: int, client: str, pool_size: int, weights: object, most: int | None = None
+    ) -> npt.NDArray[np.int64]:
+        return np.array([recording.numbers[step.seed] for step in recording.steps[round, int(client)]], dtype=np.int64)[:most]
 
     patch.setattr(fedkseed_module, "drawn_seeds", recorded)
 

@@ -133,7 +133,7 @@ def test_data_that_is_no_file_is_refused(folder: Path, told: Told, tmp_path: Pat
     (tmp_path / "device.jsonl").symlink_to("/dev/zero")
     for name in ("pipe.jsonl", "device.jsonl"):
         says(folder, data=str(tmp_path / name))
-        assert "There is no data file" in told("simulate", "--resume", folder)
+        assert "cannot be read: it is a" in told("simulate", "--resume", folder)
 
 
 def test_a_revision_goes_with_the_model_that_is_named() -> None:
