@@ -1,17 +1,16 @@
 """How good a model is: the loss of responses (training and held-out) and the quality of generated ones.
 
 Padding is on the right and the models are causal, so no response token can see a padding token and no attention mask is
-needed; logits are computed from the first response token of a batch on.
+needed.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from fedtune.data.batches import IGNORED, Batch, collate
 from fedtune.data.encode import Encoded
 from fedtune.data.samples import Sample
 from fedtune.errors import ModelError
+from fedtune.logits import response_logits, token_losses
 from fedtune.models import LanguageModel, position_limit
 from fedtune.progress import EvaluationStep, check_stop, emit
 from fedtune.rouge import rouge_l, rouge_l_papers
@@ -46,21 +46,6 @@ def response_losses(model: torch.nn.Module, batch: Batch, copies: int) -> torch.
     logits = response_logits(model, batch.repeat(copies))
     each = torch.split(logits, logits.shape[0] // copies)
     return torch.stack([cross_entropy(part.flatten(0, 1).float(), batch.targets, ignore_index=IGNORED) for part in each])
-
-
-def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """[B, T - first, vocabulary]: the logits that predict tokens first .. T-1, in the model's dtype."""
-    keep = batch.input_ids.shape[1] - batch.first
-    kind: Any = type(model)
-    options = {"logits_to_keep": keep} if _keeps_logits(kind) else {}
-    logits: torch.Tensor = model(input_ids=batch.inputs, use_cache=False, **options).logits
-    return logits[:, -keep:]
-
-
-@cache
-def _keeps_logits(kind: Any) -> bool:
-    """Whether models of this class can leave out the logits of earlier positions."""
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 @dataclass(frozen=True)
@@ -121,15 +106,10 @@ def evaluate(lm: LanguageModel, heldout: Sequence[Encoded], batch_size: int) -> 
 
 def _response_sums(lm: LanguageModel, samples: Sequence[Encoded]) -> list[float]:
     """For each sample the sum of its response tokens' losses, each in float32, added in float64."""
-    batch = collate(samples, lm.tokenizer.pad_token_id).to(lm.device)
-    logits = response_logits(lm.model, batch)
-    sums = []
-    for row, sample in enumerate(samples):
-        start, end = max(sample.prompt_length, 1), len(sample.input_ids)
-        window = logits[row, start - batch.first : end - batch.first].float()
-        losses = cross_entropy(window, batch.input_ids[row, start:end], reduction="none")
-        sums.append(losses.double().sum() if lm.device.type != "mps" else losses.sum())
-    return [float(value) for value in torch.stack(sums).tolist()]
+    losses = token_losses(lm.model, collate(samples, lm.tokenizer.pad_token_id).to(lm.device)).tolist()
+    counts = [len(sample.input_ids) - max(sample.prompt_length, 1) for sample in samples]
+    ends = list(accumulate(counts, initial=0))
+    return [_total(losses[start:end]) for start, end in pairwise(ends)]
 
 
 def _evaluation(sums: Sequence[float], tokens: Sequence[int]) -> Evaluation:

@@ -19,7 +19,8 @@ from fedtune.data.encode import Encoded
 from fedtune.data.federated import FederatedData, load_federated
 from fedtune.data.samples import Sample
 from fedtune.errors import Interrupted
-from fedtune.evaluation import Evaluation, evaluate, generate, greedy_texts, response_logits, response_loss
+from fedtune.evaluation import Evaluation, evaluate, generate, greedy_texts, response_loss
+from fedtune.logits import response_logits
 from fedtune.models import LanguageModel, load_model
 from fedtune.progress import EvaluationStep, Event, clear_stop, listening, request_stop
 from fedtune.seeds import Stream
