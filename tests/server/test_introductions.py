@@ -64,7 +64,7 @@ def test_a_client_with_another_base_model_is_refused_and_the_others_go_on(settin
         outcome = run(settings, handler=introducing(change))
     assert outcome.folder.read_metrics()[1]["clients"] == ["0", "1", "3"]
     refused = [event.text for event in heard if isinstance(event, Note) and event.warning]
-    assert [text.startswith("A client was refused: Client 2 ") for text in refused] == [True]
+    assert [text.startswith("Client 2 was refused: it holds another base model") for text in refused] == [True]
 
 
 def test_if_too_few_remain_the_first_reason_is_the_error(settings: RunConfig) -> None:
