@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from fedtune.algorithms.fedkseed import drawn_seeds
 from fedtune.config import RunConfig
 from fedtune.culprits import publishable
 from fedtune.layout import Layout
@@ -50,6 +51,16 @@ def test_what_counts_is_what_an_update_moves_and_not_its_numbers_alone() -> None
 
 def test_of_two_that_move_as_much_the_first_goes_first() -> None:
     assert left_out(a=update(3e38), b=update(3e38), c=update(1.0)) == ["a", "b"]
+
+
+def test_what_an_update_moves_depends_on_the_seeds_of_its_client() -> None:
+    """Equal numbers along two seeds move less than along one seed twice: the client whose draws meet goes first."""
+    drawn = {client: drawn_seeds(RULES.config, 1, client, 64, np.zeros(0, np.uint16)) for client in map(str, range(400))}
+    meeting = next(client for client, seeds in drawn.items() if len(set(seeds.tolist())) == 1)
+    apart = next(client for client, seeds in drawn.items() if len(set(seeds.tolist())) == 2)
+    for first in ("0" + apart, apart):  # whatever the order of the ids
+        updates = {meeting: update(2e38), apart: update(2e38), first: update(1.0)}
+        assert next(iter(publishable(RULES, STATE, updates)[1])) == meeting
 
 
 def test_if_none_fits_the_state_stays() -> None:

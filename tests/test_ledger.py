@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,49 @@ def test_verify_finds_missing_and_added_rows(statement: str, row: str, run: tupl
     with Ledger.open(ledger.path.parent) as damaged, pytest.raises(DamagedLedgerError) as found:
         verify(damaged)
     assert found.value.facts["row"] == row
+
+
+GAPS: dict[str, tuple[str, str, Callable[[Ledger], object]]] = {  # what is done to a table, the row that is named, who reads
+    "rounds": ("DELETE FROM rounds WHERE number = 1", "round 1", lambda ledger: list(ledger.rounds())),
+    "pools": ("UPDATE pools SET number = number + 7", "pool 0", Ledger.pools),
+}
+CELLS: dict[str, tuple[str, str, Callable[[Ledger], object]]] = {
+    "rounds": ("UPDATE rounds SET attempt = -1 WHERE number = 1", "round 1", lambda ledger: ledger.round(1)),
+    "updates": ("UPDATE updates SET share = 9e999 WHERE round = 2", "an update of round 2", lambda ledger: ledger.updates(2)),
+    "events": ("UPDATE events SET detail = '[]' WHERE number = 1", "event 1", lambda ledger: list(ledger.events())),
+}
+
+
+@pytest.mark.parametrize("kind", ["gap", "cell"])
+def test_what_is_damaged_is_named_by_file_table_and_row(kind: str, run: tuple[Ledger, Rules]) -> None:
+    ledger, rules = run
+    go_on(ledger, rules, 3)
+    ledger.commit_event("drop", {"client": "7"})
+    for table, (statement, row, read) in (GAPS if kind == "gap" else CELLS).items():
+        copy = ledger.path.parent / f"{kind}-{table}"
+        copy.mkdir()
+        with contextlib.closing(sqlite3.connect(copy / LEDGER)) as other:
+            with contextlib.closing(sqlite3.connect(ledger.path)) as sound:
+                sound.backup(other)
+            other.execute("PRAGMA ignore_check_constraints = ON")
+            assert other.execute(statement).rowcount
+            other.commit()
+        with Ledger.open(copy) as damaged, pytest.raises(DamagedLedgerError) as found:
+            read(damaged)
+        assert (found.value.facts["table"], found.value.facts["row"]) == (table, row)
+        assert str(copy / LEDGER) in str(found.value)
+        assert table in str(found.value)
+        assert row in str(found.value)
+
+
+def test_a_transaction_that_fails_is_taken_back_and_the_next_one_works(run: tuple[Ledger, Rules]) -> None:
+    ledger, rules = run
+    go_on(ledger, rules, 1)
+    with pytest.raises(TypeError):
+        ledger.commit_event("drop", {"client": object()})
+    ledger.commit_event("drop", {"client": "3"})
+    assert [event.detail for event in ledger.events("drop")] == [{"client": "3"}]
+    verify(ledger)
 
 
 def test_verify_replays_even_a_chain_that_was_forged_with_care(run: tuple[Ledger, Rules]) -> None:
