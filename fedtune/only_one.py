@@ -7,7 +7,8 @@ import os
 import time
 from pathlib import Path
 
-from fedtune.regular import check_regular
+from fedtune.private import FILE
+from fedtune.regular import own_descriptor
 
 POLL_SECONDS = 0.02
 
@@ -57,14 +58,8 @@ def is_held(path: Path) -> bool:
 
 
 def _opened(path: Path, flags: int) -> int:
-    """A descriptor of the regular file at `path`, itself and not what a link there leads to."""
-    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
-    try:
-        check_regular(os.fstat(descriptor), path)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    """The file at `path`, of its owner alone if it is made."""
+    return own_descriptor(path, flags, lambda name, asked: os.open(name, asked, FILE))
 
 
 def _lock(descriptor: int, *, shared: bool, last: bool) -> bool:

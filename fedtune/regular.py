@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import sys
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 
@@ -47,6 +48,24 @@ def read_regular(path: Path, most: int, *, follow: bool = True) -> bytes:
     with open_regular(path, most, follow=follow) as file:
         size = os.fstat(file.fileno()).st_size
         return file.read(size)  # what is appended meanwhile is not asked for
+
+
+def own_descriptor(path: Path, flags: int, opener: Callable[[str, int], int]) -> int:
+    """A descriptor of the regular file at `path`, itself and not what a link there leads to; nothing is waited for.
+
+    Args:
+        flags: of os.open. opener: (path, flags) -> descriptor, which gives a new file its mode.
+
+    Raises:
+        OSError: it cannot be opened or made, or is a link, pipe, folder or device.
+    """
+    descriptor = opener(str(path), flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        check_regular(os.fstat(descriptor), path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def check_regular(state: os.stat_result, path: Path, most: int = ANY) -> None:

@@ -38,7 +38,7 @@ from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, RunFolderError
 from fedtune.foreign import for_json
 from fedtune.private import make_folder, opener
-from fedtune.regular import ANY, check_regular, open_regular, read_regular
+from fedtune.regular import ANY, open_regular, own_descriptor, read_regular
 
 CONFIG = "config.json"
 VERSIONS = "versions.json"
@@ -239,15 +239,8 @@ def appending(target: Path) -> int:
     Raises:
         RunFolderError: something else is there, or the disk refuses.
     """
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with _explained(target, "written"):
-        descriptor = opener(str(target), flags)
-        try:
-            check_regular(os.fstat(descriptor), target)
-        except BaseException:
-            os.close(descriptor)
-            raise
-    return descriptor
+        return own_descriptor(target, os.O_RDWR | os.O_APPEND | os.O_CREAT, opener)
 
 
 def dated(label: str) -> str:
