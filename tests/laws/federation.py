@@ -105,3 +105,20 @@ def payload_of(message: Message) -> bytes | None:
         return None
     payload = message.content.config_records["fedtune"].get("payload")
     return payload if isinstance(payload, bytes) else None
+
+
+def lying(change: Callable[[bytes], bytes]) -> tuple[Faults, Faults]:
+    """(The client that is asked first in the run changes its updates, the same client is silent); use them in this order."""
+    asked: list[int] = []
+
+    def is_liar(message: Message) -> bool:
+        asked.append(message.metadata.dst_node_id)
+        return message.metadata.dst_node_id == asked[0]
+
+    def tamper(message: Message, reply: Message) -> Message:
+        payload = payload_of(reply)
+        if payload is None or message.metadata.message_type != "train":
+            return reply
+        return with_payload(reply, change(payload)) if is_liar(message) else reply
+
+    return Faults(tamper=tamper), Faults(drop=lambda message: message.metadata.message_type == "train" and is_liar(message))

@@ -30,7 +30,7 @@ from fedtune.run_folder import RunFolder
 from fedtune.verify import verify
 from fedtune.wire import Kind
 from simulations.engines.local_grid import Faults, LocalGrid
-from tests.laws.federation import ALGORITHMS, SETTINGS, config, payload_of, run, with_payload
+from tests.laws.federation import ALGORITHMS, SETTINGS, config, lying, payload_of, run, with_payload
 
 pytestmark = pytest.mark.parametrize("name", ALGORITHMS)
 
@@ -190,29 +190,18 @@ def test_a_hostile_update_is_refused_named_and_changes_nothing(settings: Callabl
     """The same run with the hostile client's messages dropped ends at the same digest."""
     change, text = HOSTILE[attack]
     asked = settings(rounds=1, scalar_bits=32)
-    victim: list[int] = []
-
-    def tamper(message: Message, reply: Message) -> Message:
-        payload = payload_of(reply)
-        if payload is None or message.metadata.message_type != "train":
-            return reply
-        victim.append(message.metadata.dst_node_id)
-        return with_payload(reply, change(payload)) if message.metadata.dst_node_id == victim[0] else reply
-
+    lies, silence = lying(change)
     if asked.alone:  # nobody else moves the model, so the run ends with the reason
         with pytest.raises(FedtuneError) as ended:
-            run(asked, Faults(tamper=tamper))
+            run(asked, lies)
         said = f"{type(ended.value).__name__}: {ended.value}"
         assert all(part in said for part in text.split(": "))
         return
-    attacked = run(asked, Faults(tamper=tamper))
+    attacked = run(asked, lies)
     assert next(iter(attacked.refused.values())).startswith(text)
     assert len(attacked.refused) == 1
     assert attacked.summary["updates_refused"] == 1
-    without = run(
-        asked.replace(out=asked.out + "-2", round_timeout=1.5),
-        Faults(drop=lambda message: message.metadata.message_type == "train" and message.metadata.dst_node_id == victim[0]),
-    )
+    without = run(asked.replace(out=asked.out + "-2", round_timeout=1.5), silence)
     assert attacked.digests == without.digests
 
 
@@ -229,22 +218,13 @@ def test_one_clients_huge_numbers_are_refused_by_name_and_the_others_count(
     asked = settings(rounds=1, scalar_bits=32)
     layout = resident(asked).replica.layout
     own = RECORDS[asked.algorithm].kind == Kind.COORDINATES and asked.coordinates == "own"
-    victim: list[int] = []
-
-    def tamper(message: Message, reply: Message) -> Message:
-        payload = payload_of(reply)
-        if payload is None or message.metadata.message_type != "train":
-            return reply
-        victim.append(message.metadata.dst_node_id)
-        other = message.metadata.dst_node_id != victim[0]
-        return reply if other else with_payload(reply, huge(payload, layout.blocks if own else 0))
-
+    lies, silence = lying(lambda payload: huge(payload, layout.blocks if own else 0))
     too_large = r"NonFiniteError: it moves a coefficient by \d(\.\d+)?e\+3\d, and with it the model does not fit"
     if asked.alone:  # nobody is left to count
         with pytest.raises(UnchangedError, match=too_large):
-            run(asked, Faults(tamper=tamper))
+            run(asked, lies)
         return
-    attacked = run(asked, Faults(tamper=tamper))
+    attacked = run(asked, lies)
     with Ledger.open(attacked.folder.path) as ledger:
         assert verify(ledger).digest == attacked.digests[-1]
     if name == "ferret-official":  # which clips what each coordinate moves, as its code does
@@ -252,10 +232,7 @@ def test_one_clients_huge_numbers_are_refused_by_name_and_the_others_count(
         return
     ((_, reason),) = attacked.refused.items()
     assert re.match(too_large, reason)
-    without = run(
-        asked.replace(out=asked.out + "-2", round_timeout=1.5),
-        Faults(drop=lambda message: message.metadata.message_type == "train" and message.metadata.dst_node_id == victim[0]),
-    )
+    without = run(asked.replace(out=asked.out + "-2", round_timeout=1.5), silence)
     assert attacked.digests == without.digests
 
 

@@ -28,7 +28,7 @@ from server.nodes import Node
 from server.strategy import CoefficientStrategy
 from simulations.engines import flower_internals as internals
 from simulations.engines.local_grid import Faults, LocalGrid
-from tests.laws.federation import Outcome, config, payload_of, run, with_payload
+from tests.laws.federation import Outcome, config, lying, payload_of, run, with_payload
 from tests.server.test_roster import FIELDS, VALUES
 from tests.test_ledger import SHAPES
 
@@ -39,20 +39,6 @@ STEPS, EXAMPLES, LOSS = slice(25, 29), slice(29, 33), slice(33, 37)  # in an upd
 def asked(tiny_folder: Path, instructions: Path, tmp_path: Path) -> RunConfig:
     quick = {"rounds": 2, "clients_per_round": 3, "eval_every": 0, "eval_samples": 4, "local_steps": 2}
     return config("fedkseed", tiny_folder, instructions, tmp_path / "run", **quick)
-
-
-def lying(change: Callable[[bytes], bytes]) -> Faults:
-    """The client that is asked first in the run changes its updates."""
-    liar: list[int] = []
-
-    def tamper(message: Message, reply: Message) -> Message:
-        payload = payload_of(reply)
-        if payload is None or message.metadata.message_type != "train":
-            return reply
-        liar.append(message.metadata.dst_node_id)
-        return with_payload(reply, change(payload)) if message.metadata.dst_node_id == liar[0] else reply
-
-    return Faults(tamper=tamper)
 
 
 def saying(kind: str, fields: Callable[[ConfigRecord], dict[str, object]]) -> Faults:
@@ -100,7 +86,7 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_what_a_client_cannot_have_done_is_refused_by_name(asked: RunConfig, lie: str) -> None:
     change, text = LIES[lie]
-    outcome = run(asked, lying(change))
+    outcome = run(asked, lying(change)[0])
     assert len(refused_everywhere(outcome)) == 1
     assert all(reason.startswith(text) for reason in outcome.refused.values())
     assert len(set(outcome.digests)) == 3  # the others count
