@@ -110,7 +110,8 @@ class Roster:
         if isinstance(said, bool) or not isinstance(said, int) or not 1 <= said <= most:
             shown = said if isinstance(said, int | float) else type(said).__name__
             raise MalformedMessageError(
-                f"it says that it has {shown} training samples: a whole number from 1 to {most} was expected (max_examples)."
+                f"it says that it has {shown} training samples: a whole number from 1 to {most} was "
+                "expected (raise max_examples if it is right)."
             )
         return said
 

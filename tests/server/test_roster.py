@@ -180,7 +180,7 @@ def test_samples_are_a_whole_number_within_the_limit(examples: object) -> None:
     refusal = said.say(A, all_of(A), examples=examples)
     assert isinstance(refusal, MalformedMessageError)
     assert "Client a was refused: it says that it has " in str(refusal)
-    assert "a whole number from 1 to 1000000 was expected (max_examples)" in str(refusal)
+    assert "a whole number from 1 to 1000000 was expected (raise max_examples if it is right)" in str(refusal)
     assert said.nodes == {}
 
 
