@@ -164,6 +164,9 @@ def _forked(work: Callable[[], Outcome]) -> Outcome:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        # torch's pool of threads has to be made anew after a fork. Its first user does that, and two at once break it, as
+        # when weights are loaded by several threads.
+        torch.set_num_threads(1)
         try:
             found = work()
         except BaseException as error:
