@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fedtune.errors import ModelError
-from fedtune.private import make_folder
-
-IN_MEMORY = 1 << 26
-"""Bytes up to which tensors without a place in the model folder stay in memory: 64 MiB, as in `perturb`."""
+from fedtune.scratch import IN_MEMORY, nameless_file
 
 RELEASE = 1 << 20  # bytes from which the pages of a tensor are given back after use; smaller ones are not worth the call
 PLACE = 64  # bytes at whose multiples tensors start in a private file
@@ -117,7 +113,7 @@ class AtRest:
             end += -(-prod(shape) * dtype.itemsize // PLACE) * PLACE
         if end <= in_memory:
             return cls([torch.empty(shape, dtype=dtype) for shape, dtype in kinds], [None] * len(kinds))
-        file = _File(_private_file(end), writable=True)
+        file = _File(nameless_file(end), writable=True)
         places = [_Place(file, at, prod(shape) * dtype.itemsize) for at, (shape, dtype) in zip(starts, kinds, strict=True)]
         tensors = [_mapped(place, shape, dtype) for place, (shape, dtype) in zip(places, kinds, strict=True)]
         return cls(tensors, places)
@@ -195,43 +191,5 @@ def _same_bits(stored: Tensor, live: Tensor) -> bool:
     return all(torch.equal(one.view(whole), other.cpu().contiguous().view(whole)) for one, other in chunks)
 
 
-# ---------------------------------------------------------------------------------------------------- the private file
-
-
 def _mapped(place: _Place, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return place.file.tensor(place.start, shape, dtype) if prod(shape) else torch.empty(shape, dtype=dtype)
-
-
-def _private_file(size: int) -> BinaryIO:
-    """A file of `size` bytes without a name, all of them allocated, so that writing to its mapping cannot fail later."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune"
-    try:
-        make_folder(folder, exist_ok=True)
-        file: BinaryIO = tempfile.TemporaryFile(dir=folder, prefix="weights-")  # noqa: SIM115 - open as long as its mapping
-    except OSError as error:
-        raise _no_room(error, folder, size) from None
-    try:
-        _allocate(file, size)
-    except OSError as error:
-        file.close()
-        raise _no_room(error, folder, size) from None
-    return file
-
-
-def _no_room(error: OSError, folder: Path, size: int) -> ModelError:
-    return ModelError(
-        f"The base model needs {size:,} bytes of disk in '{folder}' ({error.strerror}): "
-        "make room, or set XDG_CACHE_HOME to a folder on a larger disk.",
-        folder=str(folder),
-        bytes=size,
-    )
-
-
-def _allocate(file: BinaryIO, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-        return
-    zeros = bytes(1 << 20)
-    for start in range(0, size, len(zeros)):
-        file.write(zeros[: size - start])
-    file.flush()

@@ -12,6 +12,7 @@ are measured together, and share a unit. What is read takes a small multiple of 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ import numpy.typing as npt
 
 from fedtune.directions.base import F32
 from fedtune.errors import MalformedMessageError
+from fedtune.pieces import Buffer, joined, pieces
+from fedtune.scratch import room
 
 I64 = npt.NDArray[np.int64]
 Whole = npt.NDArray[np.signedinteger[Any]]
-Buffer = bytes | memoryview
 LARGEST_8 = 57344.0
 """The largest scalar of 8 bits; what is larger is sent as this."""
 UNIT_BITS = 16
@@ -38,11 +40,11 @@ def packed_length(count: int, bits: int) -> int:
 class Reader:
     """Takes bytes from the front of a message and refuses to run past its end."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at, self._spent = data, 0, 0
+    def __init__(self, data: Buffer) -> None:
+        self._data, self._at, self._spent = memoryview(data), 0, 0
 
-    def take(self, length: int) -> bytes:
-        """The next `length` bytes. Raises MalformedMessageError."""
+    def take(self, length: int) -> memoryview:
+        """The next `length` bytes, where they are. Raises MalformedMessageError."""
         if length > len(self._data) - self._at:
             raise MalformedMessageError(
                 f"The message ends after {len(self._data)} bytes; {self._at + length} were announced.",
@@ -76,9 +78,14 @@ class Reader:
 
 def pack_integers(q: Whole, bits: int) -> bytes:
     """Whole numbers [n], each in -2^(bits-1)+1 .. 2^(bits-1)-1, to ceil(n * bits / 8) bytes, lowest bit first."""
+    return joined(integers_packed(q, bits))
+
+
+def integers_packed(q: Whole, bits: int) -> Iterator[bytes]:
+    """`pack_integers`, piece by piece."""
     if bits in WHOLE_BYTES:
-        return _flipped(q.astype(WHOLE_BYTES[bits]), bits).tobytes()
-    return b"".join(_planes(q[start : start + AT_ONCE], bits) for start in range(0, len(q), AT_ONCE))
+        return (_flipped(piece.astype(WHOLE_BYTES[bits]), bits).tobytes() for piece in pieces(q))
+    return (_planes(piece, bits) for piece in pieces(q, AT_ONCE))
 
 
 def _planes(q: Whole, bits: int) -> bytes:
@@ -93,10 +100,12 @@ def unpack_integers(data: Buffer, count: int, bits: int) -> Whole:
     Besides what is returned it takes a few hundred kilobytes, however long `data` is.
     """
     if bits in WHOLE_BYTES:
-        raw = np.frombuffer(data, dtype=WHOLE_BYTES[bits])[:count]
-        if not raw.all():
-            raise MalformedMessageError("A coefficient is outside its grid.")
-        return _flipped(raw, bits).view(narrowest(bits))
+        raw, found = np.frombuffer(data, dtype=WHOLE_BYTES[bits])[:count], room((count,), narrowest(bits))
+        for part, piece in zip(pieces(found), pieces(raw), strict=True):
+            if not piece.all():
+                raise MalformedMessageError("A coefficient is outside its grid.")
+            part[:] = _flipped(piece, bits).view(part.dtype)
+        return found
     packed, found = np.frombuffer(data, dtype=np.uint8), np.empty(count, dtype=narrowest(bits))
     for start in range(0, count, AT_ONCE):
         part = found[start : start + AT_ONCE]
@@ -138,6 +147,15 @@ def round_scalars(values: F32, bits: int) -> F32:
 
 def pack_scalars(values: F32, bits: int) -> bytes:
     """float32 [n] to n * bits / 8 bytes; `bits` is 32, 16 or 8."""
+    return joined(scalars_packed(values, bits))
+
+
+def scalars_packed(values: F32, bits: int) -> Iterator[bytes]:
+    """`pack_scalars`, piece by piece."""
+    return (_pack_scalars(piece, bits) for piece in pieces(values))
+
+
+def _pack_scalars(values: F32, bits: int) -> bytes:
     plain = np.ascontiguousarray(values, dtype="<f4")
     if bits == 32:
         return plain.tobytes()
@@ -153,10 +171,10 @@ def pack_scalars(values: F32, bits: int) -> bytes:
     return np.where(np.isnan(plain), quiet, rounded).astype("<u2").tobytes()
 
 
-def unpack_scalars(data: bytes, bits: int) -> F32:
-    """The inverse of `pack_scalars`."""
+def unpack_scalars(data: Buffer, bits: int) -> F32:
+    """The inverse of `pack_scalars`; at 32 bits they may share `data`."""
     if bits == 32:
-        return np.frombuffer(data, dtype="<f4").astype(np.float32)
+        return np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
     if bits == 8:
         return (np.frombuffer(data, dtype=np.uint8).astype(np.uint16) << 8).view(np.float16).astype(np.float32)
     return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)

@@ -20,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.bits import Whole, narrowest
-from fedtune.directions.base import F32, F64, Pool
+from fedtune.directions.base import F32, F64, Floats, Pool
 from fedtune.errors import NonFiniteError
+from fedtune.pieces import pieces
+from fedtune.scratch import room
 
 I32 = npt.NDArray[np.int32]
 EXACT_SUM = 2**24  # the largest whole number up to which float32 counts exactly
@@ -50,7 +52,11 @@ class PoolCoefficients:
     @property
     def values(self) -> F32:
         """float32 [L, K]: exact up to 24 bits, else rounded once; computed anew each time, so nothing of it is kept."""
-        return np.ldexp(self.q.astype(np.float32), self.exponents[:, None]).astype(np.float32)
+        values: F32 = room(self.q.shape, np.float32)
+        for row, q, exponent in zip(values, self.q, self.exponents, strict=True):
+            for out, piece in zip(pieces(row), pieces(q), strict=True):
+                np.ldexp(piece.astype(np.float32), exponent, out=out)
+        return values
 
     @classmethod
     def zero(cls, pool: Pool, blocks: int) -> Self:
@@ -60,7 +66,7 @@ class PoolCoefficients:
     @cached_property
     def is_zero(self) -> bool:
         """Whether the pool changes nothing."""
-        return not (self.q[:1, :1] if self.q.strides == (0, 0) else self.q).any()
+        return not any(piece.any() for row in (self.q[:1, :1] if self.q.strides == (0, 0) else self.q) for piece in pieces(row))
 
     @property
     def nbytes(self) -> int:
@@ -72,8 +78,8 @@ class PoolCoefficients:
         """32 bytes over the pool and the coefficients."""
         state = hashlib.sha256(self.pool.identity)
         for row in self.q:
-            for start in range(0, len(row), AT_ONCE):
-                state.update(np.ascontiguousarray(row[start : start + AT_ONCE], dtype="<i4").data)
+            for piece in pieces(row, AT_ONCE):
+                state.update(np.ascontiguousarray(piece, dtype="<i4").data)
         state.update(np.ascontiguousarray(self.exponents, dtype="<i4").data)
         return state.digest()
 
@@ -101,7 +107,7 @@ def summable(pool: Pool, q: Whole, exponents: I32) -> bool:
     return bool((sizes.sum(axis=1, dtype=np.int64) <= EXACT_SUM).all())
 
 
-def quantise(pool: Pool, values: F64, bits: int) -> PoolCoefficients:
+def quantise(pool: Pool, values: Floats, bits: int) -> PoolCoefficients:
     """Round `values` to the finest grid that `bits` per coefficient and exact float32 sums allow, block by block.
 
     With fewer than COARSE_BITS one large coefficient would make the grid too coarse for all others, so a finer one that leaves
@@ -110,36 +116,55 @@ def quantise(pool: Pool, values: F64, bits: int) -> PoolCoefficients:
 
     Args:
         pool: whose coefficients they are.
-        values: float64 [L, K].
+        values: float64 or float32 [L, K].
         bits: 2 .. 24, or .. 32 for directions that share no position; |q| <= 2^(bits-1) - 1.
 
     Raises:
         NonFiniteError: a value is not finite, or too large for float32.
     """
-    if not np.isfinite(values).all():
-        raise NonFiniteError("A coefficient is not finite: the state is left as it was. Lower lr.")
-    limit = 2 ** (bits - 1) - 1
-    highest = MAX_EXPONENT - WIDE_BITS if pool.disjoint else MAX_EXPONENT
-    q = np.zeros(values.shape, dtype=np.int32)
     exponents = np.zeros(values.shape[0], dtype=np.int32)
+    q: Whole = room(values.shape, narrowest(bits))
     for block, row in enumerate(values):
-        largest, total = float(np.abs(row).max(initial=0.0)), 0.0 if pool.disjoint else float(np.abs(row).sum())
-        if largest == 0.0:
-            continue
-        step = max(largest / limit, total / EXACT_SUM)
-        exponent = max(math.frexp(step)[1] - 1, MIN_EXPONENT)
-        while True:
-            if exponent > highest:
-                raise NonFiniteError(f"A coefficient of {largest:.3g} is too large for float32 weights. Lower lr.")
-            rounded = np.rint(np.ldexp(row, -exponent))
-            if np.abs(rounded).max() <= limit and (pool.disjoint or np.abs(rounded).sum() <= EXACT_SUM):
-                break
-            exponent += 1
-        if bits < COARSE_BITS:
-            rounded, exponent = _least_error(row, rounded, exponent, limit)
-        q[block] = rounded.astype(np.int32)
-        exponents[block] = exponent if rounded.any() else 0
-    return PoolCoefficients(pool, q.astype(narrowest(bits)), exponents)
+        exponents[block] = _quantise_row(row, q[block], bits, pool.disjoint)
+    return PoolCoefficients(pool, q, exponents)
+
+
+def _quantise_row(row: Floats, q: Whole, bits: int, disjoint: bool) -> int:
+    """Write the rounded coefficients of a block to `q`; returns the exponent of their grid."""
+    limit = 2 ** (bits - 1) - 1
+    highest = MAX_EXPONENT - WIDE_BITS if disjoint else MAX_EXPONENT
+    largest = _largest(row)
+    if not math.isfinite(largest):
+        raise NonFiniteError("A coefficient is not finite: the state is left as it was. Lower lr.")
+    if largest == 0.0:
+        q[:] = 0
+        return 0
+    total = 0.0 if disjoint else float(np.abs(row).sum())
+    exponent = max(math.frexp(max(largest / limit, total / EXACT_SUM))[1] - 1, MIN_EXPONENT)
+    while not _fits(row, largest, exponent, limit, disjoint):
+        exponent += 1
+    if exponent > highest:
+        raise NonFiniteError(f"A coefficient of {largest:.3g} is too large for float32 weights. Lower lr.")
+    if bits < COARSE_BITS:
+        wide = row.astype(np.float64)
+        rounded, exponent = _least_error(wide, np.rint(np.ldexp(wide, -exponent)), exponent, limit)
+        q[:] = rounded
+    else:
+        for piece, out in zip(pieces(row), pieces(q), strict=True):
+            out[:] = np.rint(np.ldexp(piece.astype(np.float64), -exponent))
+    return exponent if any(piece.any() for piece in pieces(q)) else 0
+
+
+def _largest(row: Floats) -> float:
+    """The largest absolute value; infinite or NaN if one is."""
+    return float(np.max([np.abs(piece).max(initial=0.0) for piece in pieces(row)], initial=0.0))
+
+
+def _fits(row: Floats, largest: float, exponent: int, limit: int, disjoint: bool) -> bool:
+    """Whether the coefficients of a block, rounded to a grid, are at most `limit` and have an exact sum."""
+    if np.rint(np.ldexp(largest, -exponent)) > limit:
+        return False
+    return disjoint or bool(np.abs(np.rint(np.ldexp(row, -exponent))).sum() <= EXACT_SUM)
 
 
 def _least_error(row: F64, rounded: F64, exponent: int, limit: int) -> tuple[F64, int]:

@@ -16,7 +16,6 @@ import numpy as np
 
 from fedtune.algorithms import State
 from fedtune.algorithms.base import shares
-from fedtune.coefficients import quantise
 from fedtune.errors import NonFiniteError
 from fedtune.replay import Rules
 from fedtune.wire import Update
@@ -53,7 +52,7 @@ def publishable(rules: Rules, state: State, updates: Mapping[str, Update]) -> tu
 def _fitting(rules: Rules, state: State, updates: Mapping[str, Update]) -> State:
     """What the updates lead to. Raises NonFiniteError if that cannot be published."""
     moved = rules.aggregate(state, updates)
-    quantise(moved.pool, moved.values, rules.config.coefficient_bits)
+    moved.published(rules.config.coefficient_bits)
     return moved
 
 

@@ -7,6 +7,8 @@
     pools     coefficients of the pools that are finished
     snapshot  one row, replaced: the server's state after the last round
 
+Payloads, pools and a snapshot that are large lie beside it (`fedtune.beside`), and their columns name them.
+
 Header, rounds and events are hash chains (`fedtune.chain`); a round covers its updates, and the snapshot both heads. A
 round and its snapshot are one transaction in a write-ahead log that is flushed before `commit_round` returns.
 """
@@ -21,12 +23,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from fedtune.beside import REFERENCE, Beside
 from fedtune.chain import Value, link
 from fedtune.errors import DamagedLedgerError, LedgerError
 from fedtune.ledger_cells import MOST_ROUNDS, Cells
 from fedtune.ledger_file import LEDGER, Steps, begin, check_files, check_kind, connect, explained, lock, sync, to_write
 from fedtune.ledger_rows import Happened, Header, Round, Snapshot, Used
 from fedtune.only_one import OnlyOne
+from fedtune.pieces import Buffer
 
 __all__ = ["START", "Happened", "Header", "Ledger", "Round", "Snapshot", "Used", "updates_digest"]
 
@@ -42,6 +46,7 @@ class Ledger:
     def __init__(self, path: Path, connection: sqlite3.Connection, lock: OnlyOne | None) -> None:
         self.path, self._connection, self._lock = path, connection, lock
         self._steps = Steps(path, connection)
+        self._beside = Beside(path.parent)
 
     @classmethod
     def create(cls, folder: Path, header: Header, snapshot: Snapshot, base: Round) -> Self:
@@ -167,13 +172,20 @@ class Ledger:
             cells = Cells(self.path, "pools", f"pool {row['number']}", row)
             if cells.whole("number") != len(found):
                 raise self._not_in_order("pools", f"pool {len(found)}")
-            found.append(cells.blob("coefficients"))
+            found.append(bytes(self.value(cells.blob("coefficients"))))
         return found
 
     @property
     def snapshot(self) -> Snapshot:
         """The state after the last round."""
         return Snapshot.of(self._whole("snapshot"))
+
+    def value(self, stored: bytes, *, hashed: bool = True) -> Buffer:
+        """The value that a column holds or names (`Used.payload`, `Snapshot.arrays`); `hashed`: its digest is checked.
+
+        Raises DamagedLedgerError.
+        """
+        return self._beside.value(stored, hashed=hashed)
 
     def rows(self, table: str) -> Iterator[tuple[Any, ...]]:
         """The raw columns of a table in the order of its key, for `fedtune.verify`: of any type that SQLite has."""
@@ -205,8 +217,19 @@ class Ledger:
 
     # ------------------------------------------------------------------ writing
 
+    def store(self, parts: Iterable[Buffer]) -> bytes:
+        """What a column is to hold of the value of these parts, which is on the disk if it is large."""
+        with explained(self.path):
+            return self._beside.store(parts)
+
+    def keep(self, value: Buffer) -> Buffer:
+        """`value`, out of memory if it is large; what no row names by the next commit is removed."""
+        with explained(self.path):
+            return self._beside.keep(value)
+
     def commit_round(self, row: Round, used: Iterable[Used], pools: Iterable[bytes], snapshot: Snapshot) -> None:
         """Write a round with its updates, the pools that it finished and the state after it; on the disk when this returns."""
+        before = [self.snapshot.arrays] if row.number else []  # whoever reads it now has until the next round
         with self._transaction():
             updates = sorted(used, key=lambda update: update.client)
             for update in updates:
@@ -217,6 +240,18 @@ class Ledger:
             for number, pool in enumerate(pools, start=self.pool_count):
                 self._insert("pools", (number, pool))
             self._replace_snapshot(snapshot)
+        self.sweep(before)
+
+    def sweep(self, before: Iterable[bytes] = ()) -> None:
+        """Remove the files beside the ledger that no row names, but for those of `before`; the chains were checked before."""
+        if not self._beside.path.exists():
+            return
+        kept = list(before)
+        for table, column in (("updates", "payload"), ("pools", "coefficients"), ("snapshot", "arrays")):
+            query = f"SELECT {column} AS stored FROM {table} WHERE length({column}) = ?"
+            kept += [row["stored"] for row in self._rows(query, REFERENCE)]
+        with explained(self.path):
+            self._beside.sweep(kept)
 
     def commit_event(self, kind: str, detail: Mapping[str, Any], elapsed: float = 0.0) -> None:
         """Write an event after the last round; on the disk when this returns."""

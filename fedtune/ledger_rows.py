@@ -57,7 +57,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Used:
-    """An update that a round used: its wire payload, and its weight among those of the round."""
+    """An update that a round used: its weight among those of the round, and its payload as the row has it (`Ledger.store`)."""
 
     client: str
     share: float
@@ -139,7 +139,7 @@ class Happened:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state after round `round`: `moves` rounds changed it, `arrays` are its numbers (`fedtune.replay`)."""
+    """The state after round `round`: `moves` rounds changed it; `arrays`, its numbers, as the row has them (`Ledger.store`)."""
 
     round: int
     moves: int

@@ -12,16 +12,18 @@ docs/wire.md is the specification.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.bits import Reader, Whole, narrowest, pack_integers, packed_length, unpack_integers
+from fedtune.bits import Reader, Whole, integers_packed, narrowest, packed_length, unpack_integers
 from fedtune.coefficients import MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, StaleReplicaError
+from fedtune.pieces import Buffer, joined
 
 Known = Callable[[], PoolCoefficients | None]
 """Gives the coefficients of a pool that the reader has from an earlier round, if any."""
@@ -57,26 +59,35 @@ def encode_pool(
         known: what the reader has of the pool from an earlier round.
         room: bytes that the message may still take when prefixes are read.
     """
+    return joined(pool_packed(coefficients, bits, known, room)[1])
+
+
+def pool_packed(
+    coefficients: PoolCoefficients, bits: int, known: PoolCoefficients | None = None, room: int = PREFIX_ROOM
+) -> tuple[Form, Iterator[bytes]]:
+    """The form that `encode_pool` takes, and its bytes piece by piece, so that they are never there twice."""
     head = coefficients.pool.identity
     if coefficients.is_zero:
-        return head + bytes([Form.ZERO])
+        return Form.ZERO, iter([head + bytes([Form.ZERO])])
     flat = coefficients.q.reshape(-1)
     exponents = coefficients.exponents.astype("<i1").tobytes()
-    forms = [
-        lambda: bytes([Form.DENSE]) + exponents + pack_integers(flat, bits),
-        lambda: bytes([Form.SPARSE]) + exponents + _pack_sparse(flat, bits),
-    ]
-    lengths = [packed_length(flat.size, bits), _sparse_length(flat, bits)]
+    lengths = {Form.DENSE: packed_length(flat.size, bits), Form.SPARSE: _sparse_length(flat, bits)}
     if coefficients.pool.size <= LONGEST_PREFIX and prefix_bytes(flat.size, bits) <= room:
-        forms.append(lambda: bytes([Form.PREFIXES]) + exponents + _pack_prefixes(coefficients.q, bits))
-        lengths.append(2 * len(coefficients.q) + packed_length(int(_prefixes(coefficients.q).sum()), bits))
+        lengths[Form.PREFIXES] = 2 * len(coefficients.q) + packed_length(int(_prefixes(coefficients.q).sum()), bits)
     if known is not None and known.pool == coefficients.pool and not known.pool.disjoint:
         change = flat - _on_grid(known, coefficients.exponents).reshape(-1)
         width = max(2, int(np.abs(change).max()).bit_length() + 1)
-        start = exponents + known.identity[:8] + bytes([width])
-        forms.append(lambda: bytes([Form.DIFFERENCE]) + start + _pack_sparse(change, width))
-        lengths.append(9 + _sparse_length(change, width))
-    return head + forms[lengths.index(min(lengths))]()
+        lengths[Form.DIFFERENCE] = 9 + _sparse_length(change, width)
+    form = min(lengths, key=lambda form: lengths[form])
+    start = head + bytes([form]) + exponents
+    if form == Form.DENSE:
+        return form, chain([start], integers_packed(flat, bits))
+    if form == Form.SPARSE:
+        return form, chain([start], _sparse_packed(flat, bits))
+    if form == Form.PREFIXES:
+        return form, chain([start], _prefixes_packed(coefficients.q, bits))
+    assert known is not None  # a difference is one from something
+    return form, chain([start, known.identity[:8], bytes([width])], _sparse_packed(change, width))
 
 
 def _on_grid(known: PoolCoefficients, exponents: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -88,14 +99,15 @@ def _on_grid(known: PoolCoefficients, exponents: npt.NDArray[np.int32]) -> npt.N
     return np.where(np.abs(moved) <= LARGEST, moved, 0.0).astype(np.int32)
 
 
-def _pack_sparse(flat: Whole, bits: int) -> bytes:
+def _sparse_packed(flat: Whole, bits: int) -> Iterator[bytes]:
     """A bitmap of what is not zero, then those values."""
     used = flat != 0
-    return np.packbits(used, bitorder="little").tobytes() + pack_integers(flat[used], bits)
+    yield np.packbits(used, bitorder="little").tobytes()
+    yield from integers_packed(flat[used], bits)
 
 
 def _sparse_length(flat: Whole, bits: int) -> int:
-    return packed_length(flat.size, 1) + packed_length(int((flat != 0).sum()), bits)
+    return packed_length(flat.size, 1) + packed_length(int(np.count_nonzero(flat)), bits)
 
 
 def _prefixes(q: Whole) -> npt.NDArray[np.int64]:
@@ -104,10 +116,11 @@ def _prefixes(q: Whole) -> npt.NDArray[np.int64]:
     return np.asarray(np.where(q.any(axis=1), last, 0), dtype=np.int64)
 
 
-def _pack_prefixes(q: Whole, bits: int) -> bytes:
+def _prefixes_packed(q: Whole, bits: int) -> Iterator[bytes]:
     """The lengths, then the coefficients of each block."""
     lengths = _prefixes(q)
-    return lengths.astype("<u2").tobytes() + pack_integers(q[_leading(lengths, q.shape[1])], bits)
+    yield lengths.astype("<u2").tobytes()
+    yield from integers_packed(q[_leading(lengths, q.shape[1])], bits)
 
 
 def _leading(lengths: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.bool_]:
@@ -120,12 +133,12 @@ def prefix_bytes(coefficients: int, bits: int) -> int:
     return coefficients * np.dtype(narrowest(bits)).itemsize
 
 
-def takes_room(written: bytes, blocks: int, size: int, bits: int) -> int:
-    """Bytes of PREFIX_ROOM that a pool of `encode_pool` takes."""
-    return prefix_bytes(blocks * size, bits) if written[8] == Form.PREFIXES else 0
+def takes_room(form: Form, coefficients: int, bits: int) -> int:
+    """Bytes of PREFIX_ROOM that a pool of so many coefficients takes in a form."""
+    return prefix_bytes(coefficients, bits) if form == Form.PREFIXES else 0
 
 
-def decode_pool(data: bytes, pool: Pool, blocks: int, bits: int, known: Known = lambda: None) -> PoolCoefficients:
+def decode_pool(data: Buffer, pool: Pool, blocks: int, bits: int, known: Known = lambda: None) -> PoolCoefficients:
     """The inverse of `encode_pool`; `known` is called if the pool is written as a difference.
 
     Raises:
@@ -168,7 +181,7 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
 
 
 def _unpack_sparse(reader: Reader, size: int, bits: int) -> Whole:
-    """The inverse of `_pack_sparse`: [size], of the narrowest type."""
+    """The inverse of `_sparse_packed`: [size], of the narrowest type."""
     marks = np.unpackbits(np.frombuffer(reader.take(packed_length(size, 1)), np.uint8), bitorder="little")
     if marks[size:].any():
         raise MalformedMessageError("Padding bits are set.")
@@ -180,7 +193,7 @@ def _unpack_sparse(reader: Reader, size: int, bits: int) -> Whole:
 
 
 def _unpack_prefixes(reader: Reader, blocks: int, size: int, bits: int) -> Whole:
-    """The inverse of `_pack_prefixes`: [blocks, size], of the narrowest type."""
+    """The inverse of `_prefixes_packed`: [blocks, size], of the narrowest type."""
     lengths = np.frombuffer(reader.take(2 * blocks), dtype="<u2").astype(np.int64)
     if (lengths > size).any():
         raise MalformedMessageError(f"A block has {int(lengths.max())} coefficients; the pool has {size} seeds.")

@@ -7,20 +7,19 @@ the base model and without a client. Whoever reads an update for a state, the li
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from fedtune import wire
+from fedtune import arrays, wire
 from fedtune.algorithms import ALGORITHMS, Algorithm, State
 from fedtune.algorithms.base import pool_number, shares
 from fedtune.config import RunConfig
-from fedtune.directions.base import F64
+from fedtune.directions.base import F64, Floats
 from fedtune.errors import (
     DamagedLedgerError,
     DirectionsError,
@@ -32,6 +31,7 @@ from fedtune.errors import (
 from fedtune.layout import Layout
 from fedtune.ledger import Header, Ledger, Round, Snapshot
 from fedtune.ledger_cells import settings_in
+from fedtune.pieces import Buffer, pieces
 from fedtune.wire import Status, Update
 
 
@@ -70,6 +70,11 @@ class Rules:
     def state_size(self) -> int:
         """Numbers in the coefficients of the open pool."""
         return self.layout.blocks * self.algorithm.pool_size(self.config, self.layout)
+
+    @property
+    def value_type(self) -> np.dtype[Any]:
+        """Of the coefficients of the open pool."""
+        return self.algorithm.value_type(self.config)
 
     def start(self) -> State:
         """State 0."""
@@ -112,7 +117,7 @@ class Rules:
 
 
 def read_update(
-    rules: Rules, state: State, payload: bytes, *, round: int, digest: bytes, client: str, others: Iterable[str] = ()
+    rules: Rules, state: State, payload: Buffer, *, round: int, digest: bytes, client: str, others: Iterable[str] = ()
 ) -> Update:
     """The update of `client` in `payload`, to a round that started from `state`, whose digest is `digest`.
 
@@ -149,10 +154,14 @@ COUNTED = ("magnitude", "count", "norms")  # statistics that are sums of what is
 LARGEST_VALUE = 1e60  # of a coefficient or a statistic: squares and sums of such are finite
 
 
-def snapshot_of(state: State, round: int) -> Snapshot:
-    """The open pool and the statistics of `state` after round `round`, as one safetensors file of float64."""
-    arrays = {"values": state.values, **{f"{_KEPT}{name}": array for name, array in state.statistics.items()}}
-    return Snapshot(round, state.round, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+Store = Callable[[Iterable[Buffer]], bytes]
+"""What a column holds of the value of some parts: `Ledger.store`, or `b"".join` where nothing is large."""
+
+
+def snapshot_of(state: State, round: int, store: Store = b"".join) -> Snapshot:
+    """The open pool and the statistics of `state` after round `round`, as arrays with their types (`fedtune.arrays`)."""
+    kept = {"values": state.values, **{f"{_KEPT}{name}": array for name, array in state.statistics.items()}}
+    return Snapshot(round, state.round, store(arrays.written(kept)))
 
 
 def restore(ledger: Ledger, rules: Rules) -> State:
@@ -168,13 +177,12 @@ def restore(ledger: Ledger, rules: Rules) -> State:
         closed = [
             wire.decode_pool(data, pool, blocks, config.coefficient_bits) for data, pool in zip(finished, pools, strict=False)
         ]
-        arrays = _arrays(snapshot.arrays, rules)
-        values = arrays.pop("values")
-        state = State(
-            snapshot.moves, tuple(closed), pools[-1], values, {name.removeprefix(_KEPT): a for name, a in arrays.items()}
-        )
+        values, statistics = _arrays(ledger.value(snapshot.arrays), rules)
+        state = State(snapshot.moves, tuple(closed), pools[-1], values, statistics)
         digest = rules.digest(state)
-    except (SafetensorError, ValueError, FedtuneError) as error:
+    except DamagedLedgerError:
+        raise
+    except (ValueError, FedtuneError) as error:
         raise DamagedLedgerError(
             f"The snapshot in '{ledger.path}' is damaged ({error}): restore it.", row="snapshot"
         ) from error
@@ -192,25 +200,30 @@ def checked_snapshot(ledger: Ledger, rules: Rules) -> Snapshot:
         DamagedLedgerError: it is smaller.
     """
     snapshot = ledger.snapshot
-    if len(snapshot.arrays) < 8 * rules.state_size:
+    if len(ledger.value(snapshot.arrays, hashed=False)) < rules.value_type.itemsize * rules.state_size:
         raise bad(ledger, "the snapshot", f"it has no room for the {rules.state_size:,} coefficients that the header speaks of")
     return snapshot
 
 
-def _arrays(data: bytes, rules: Rules) -> dict[str, F64]:
-    """The arrays of a snapshot, which must be those of the algorithm. Raises ValueError or SafetensorError."""
+def _arrays(data: Buffer, rules: Rules) -> tuple[Floats, dict[str, F64]]:
+    """The values and the statistics in a snapshot, which must be those of the algorithm. Raises ValueError."""
     blocks, size = rules.layout.blocks, rules.algorithm.pool_size(rules.config, rules.layout)
     kept = {f"{_KEPT}{name}": array.shape for name, array in rules.algorithm.statistics(blocks, size).items()}
     expected = {"values": (blocks, size), **kept}
-    arrays: dict[str, F64] = load(data)
-    if {name: array.shape for name, array in arrays.items()} != expected:
+    found = arrays.read(data)
+    if {name: array.shape for name, array in found.items()} != expected:
         raise ValueError("its arrays are not those of the algorithm")
-    for name, array in arrays.items():
-        if array.dtype != np.float64 or not (np.abs(array) <= LARGEST_VALUE).all():
-            raise ValueError(f"{name} holds something else than finite numbers")
-        if name.removeprefix(_KEPT) in COUNTED and (array < 0).any():
-            raise ValueError(f"{name} holds a number below 0")
-    return arrays
+    for name, array in found.items():
+        if array.dtype != (rules.value_type if name == "values" else np.float64):
+            raise ValueError(f"{name} has numbers of another type")
+        largest = min(LARGEST_VALUE, float(np.finfo(array.dtype).max))
+        for piece in pieces(array.reshape(-1)):
+            if not (np.abs(piece) <= largest).all():
+                raise ValueError(f"{name} holds something else than finite numbers")
+            if name.removeprefix(_KEPT) in COUNTED and (piece < 0).any():
+                raise ValueError(f"{name} holds a number below 0")
+    values = found.pop("values")
+    return values, {name.removeprefix(_KEPT): np.array(array, dtype=np.float64) for name, array in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- replay
@@ -252,7 +265,7 @@ def _moved(ledger: Ledger, rules: Rules, state: State, row: Round) -> State:
     digest = rules.digest(state)
     try:
         read_one = partial(read_update, rules, state, round=row.number, digest=digest)
-        read = {u.client: read_one(u.payload, client=u.client) for u in used}
+        read = {u.client: read_one(ledger.value(u.payload), client=u.client) for u in used}
     except FedtuneError as error:
         raise bad(ledger, f"round {row.number}", f"an update cannot be read ({error})") from error
     if {update.client: update.share for update in used} != shares(read, rules.config):

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from fedtune.at_rest import IN_MEMORY, AtRest
+from fedtune.at_rest import AtRest
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.directions import Combination, Directions, Pool
 from fedtune.directions.base import F32
 from fedtune.errors import MismatchError
 from fedtune.layout import Layout, fingerprint, trainable
 from fedtune.perturb import Perturbation
+from fedtune.scratch import IN_MEMORY
 
 FEW = 8
 """Finished pools that are added again at every rebuild: each costs about three copies of the weights (hadamard)."""
@@ -63,6 +64,7 @@ class Replica:
         self._kept: AtRest | None = None
         self._kept_is: tuple[bytes, ...] | None = None
         self._source, self._steps = self._base, tuple[PoolCoefficients, ...]()
+        self._again: Combination | None = None
         self._holds: bytes | None = Coefficients(()).digest(self.fingerprint)
         self._directions: dict[Pool, Directions] = {}
 
@@ -104,6 +106,7 @@ class Replica:
         closed = tuple(pool for pool in coefficients.pools[:-1] if not pool.is_zero)  # adding 0 would turn -0 into 0
         newest = coefficients.pools[-1:]
         self._source, self._steps = self._plan(closed, newest)
+        self._again = None
         self._add(self._steps, self._source, [weight.data for weight in self.weights])
         if any(not self.directions(pool.pool).family.fast_combine for pool in self._steps):
             self._keep((*closed, *newest))
@@ -114,7 +117,9 @@ class Replica:
     def start(self, index: int) -> torch.Tensor:
         """Tensor `index` as the last `become` wrote it, in a tensor of its own: rebuilt, the same bits."""
         out = torch.empty_like(self.weights[index].data)
-        Combination(self._pairs(self._steps)).write(index, self._source.tensors[index], out)
+        if self._again is None:
+            self._again = Combination(self._pairs(self._steps))
+        self._again.write(index, self._source.tensors[index], out)
         self._source.release(index)
         return out
 
@@ -154,7 +159,7 @@ class Replica:
         self._kept_is = None
         self._add((), None, self._kept.tensors, self._kept)
         self._kept_is = _identities(pools)
-        self._source, self._steps = self._kept, ()
+        self._source, self._steps, self._again = self._kept, (), None
 
     def _add(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from fedtune.beside import named
 from fedtune.chain import link
 from fedtune.errors import DamagedLedgerError
 from fedtune.foreign import for_screen
@@ -38,6 +39,7 @@ def verify(ledger: Ledger) -> Verified:
         if damage:
             raise bad(ledger, "the file", f"SQLite finds damage ({for_screen(damage)})")
         rules = Rules.of(ledger.header)
+        ledger.value(ledger.snapshot.arrays)  # has its digest
         last = _replayed(ledger, rules)
         _derived(ledger, rules, last)
         events = sum(1 for _ in ledger.events())
@@ -109,9 +111,9 @@ def _replayed(ledger: Ledger, rules: Rules) -> Replayed:
 def _derived(ledger: Ledger, rules: Rules, last: Replayed) -> None:
     """The snapshot and the finished pools are those of the replayed state."""
     for number, (stored, found) in enumerate(zip(ledger.rows("pools"), rules.closed(last.state), strict=False)):
-        if stored != (number, found):
+        if stored != (number, named([found])):
             raise bad(ledger, f"pool {number}", "the updates lead to other coefficients")
     if len(ledger.pools()) != len(last.state.closed):
         raise bad(ledger, "the pools", f"there are {len(ledger.pools())}, the updates lead to {len(last.state.closed)}")
-    if ledger.snapshot != snapshot_of(last.state, last.row.number):
+    if ledger.snapshot != snapshot_of(last.state, last.row.number, named):
         raise bad(ledger, "the snapshot", "the updates lead to other numbers")

@@ -33,11 +33,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune import packing
-from fedtune.bits import UNIT_BITS, Reader, pack_blocks, pack_scalars, packed_length, unpack_blocks, unpack_scalars
+from fedtune.bits import UNIT_BITS, Reader, pack_blocks, packed_length, scalars_packed, unpack_blocks, unpack_scalars
 from fedtune.coefficients import PoolCoefficients
 from fedtune.directions.base import F32, Pool
 from fedtune.errors import MalformedMessageError, MismatchError, NonFiniteError
 from fedtune.packing import Known, take_pool
+from fedtune.pieces import Buffer, all_finite, joined
 
 I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
@@ -139,24 +140,26 @@ class Update:
 
 def encode_instruction(instruction: Instruction, bits: int) -> bytes:
     """An instruction as bytes; `bits` per coefficient."""
-    parts = [
-        _HEAD.pack(MAGIC, VERSION, Kind.INSTRUCTION, instruction.round),
-        _INSTRUCTION.pack(
-            instruction.fingerprint, instruction.layout, instruction.digest, instruction.held, len(instruction.pools)
-        ),
-        *_pools(instruction, bits),
-        _extra(instruction),
-    ]
-    return b"".join(parts)
+    return joined(instruction_packed(instruction, bits))
+
+
+def instruction_packed(instruction: Instruction, bits: int) -> Iterator[bytes]:
+    """`encode_instruction`, piece by piece."""
+    yield _HEAD.pack(MAGIC, VERSION, Kind.INSTRUCTION, instruction.round)
+    yield _INSTRUCTION.pack(
+        instruction.fingerprint, instruction.layout, instruction.digest, instruction.held, len(instruction.pools)
+    )
+    yield from _pools(instruction, bits)
+    yield _extra(instruction)
 
 
 def _pools(instruction: Instruction, bits: int) -> Iterator[bytes]:
     """The pools, the first one as what changed if that is shorter; prefixes as long as the reader has room for them."""
     room = packing.PREFIX_ROOM
     for number, pool in enumerate(instruction.pools):
-        written = encode_pool(pool, bits, None if number else instruction.known, room)
-        room -= packing.takes_room(written, len(pool.q), pool.pool.size, bits)
-        yield written
+        form, pieces = packing.pool_packed(pool, bits, None if number else instruction.known, room)
+        room -= packing.takes_room(form, pool.q.size, bits)
+        yield from pieces
 
 
 def _extra(instruction: Instruction) -> bytes:
@@ -168,7 +171,7 @@ def _extra(instruction: Instruction) -> bytes:
 
 
 def decode_instruction(
-    data: bytes,
+    data: Buffer,
     pool_at: Callable[[int], Pool],
     most_pools: Callable[[int], int],
     blocks: int,
@@ -245,7 +248,7 @@ def encode_update(update: Update, bits: int, *, client: str, with_counts: bool =
     fields = (named, update.status, update.steps, update.examples, update.train_loss)
     head = _HEAD.pack(MAGIC, VERSION, update.kind, update.round) + _UPDATE.pack(*fields)
     if update.kind != Kind.COORDINATES:
-        return head + pack_scalars(update.scalars, bits)
+        return joined(chain([head], scalars_packed(update.scalars, bits)))
     counts = update.counts.astype("<u2").tobytes() if with_counts else b""
     return head + counts + pack_blocks(update.scalars, update.counts, bits)
 
@@ -257,7 +260,7 @@ def update_length(numbers: int, bits: int, *, blocks: int = 0, with_counts: bool
 
 
 def decode_update(
-    data: bytes,
+    data: Buffer,
     *,
     kind: Kind,
     round: int,
@@ -312,7 +315,7 @@ def decode_update(
             raise MalformedMessageError(f"A block has {int(counts.max())} coordinates; the pool has {max_count} seeds.")
         scalars = unpack_blocks(reader, counts, bits)
     reader.finish()
-    if not np.isfinite(scalars).all():
+    if not all_finite(scalars):
         raise NonFiniteError("The update contains a number that is not finite.")
     return Update(number, digest, Status(status), steps, examples, loss, scalars, counts, kind == Kind.WEIGHTS)
 

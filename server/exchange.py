@@ -14,7 +14,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.progress import check_stop
-from server.replies import answers
+from server.replies import answers, is_large
 
 POLL_SECONDS = 0.1
 NOT_SENT = "no answer: Flower did not take the message"
@@ -67,33 +67,38 @@ class Patience:
         return True
 
 
-def exchange(
-    grid: Grid, messages: Sequence[Message], patience: Patience, useful: Callable[[list[Message]], int]
-) -> list[Message]:
-    """Send messages and collect the answers that come in time (`collect`)."""
+def exchange(grid: Grid, messages: Sequence[Message], patience: Patience, take: Callable[[list[Message]], int]) -> None:
+    """Send messages and collect the answers that come in time (`collect`); large ones are sent one by one."""
     if not messages:
-        return []
+        return
     patience.begin(len(messages))
-    return collect(grid, grid.push_messages(messages), patience, useful)
+    if not any(map(is_large, messages)):
+        collect(grid, grid.push_messages(messages), patience, take)
+        return
+    waiting = set[str]()
+    for message in messages:
+        waiting |= set(grid.push_messages([message]))
+        waiting -= _arrived(grid, waiting, patience, take)  # where clients work in this process, what this one has made
+    collect(grid, waiting, patience, take)
 
 
-def collect(
-    grid: Grid, message_ids: Iterable[str], patience: Patience, useful: Callable[[list[Message]], int]
-) -> list[Message]:
-    """The answers to messages, as far as they come in time.
+def collect(grid: Grid, message_ids: Iterable[str], patience: Patience, take: Callable[[list[Message]], int]) -> None:
+    """Wait for the answers to messages, as far as they come in time.
 
     Args:
-        useful: of the answers that came together, how many are of use; called as they come.
+        take: gets the answers as they come; returns how many of them are of use. Nothing else keeps them.
     """
     waiting = {message_id for message_id in message_ids if message_id}  # Flower has no id for what it did not send
-    replies: list[Message] = []
     while waiting:
-        arrived = list(grid.pull_messages(list(waiting)))
-        replies += arrived
-        waiting -= {answers(reply) for reply in arrived}
-        patience.count(useful(arrived))
+        waiting -= _arrived(grid, waiting, patience, take)
         check_stop()
         if not waiting or patience.over():
             break
         time.sleep(POLL_SECONDS)
-    return replies
+
+
+def _arrived(grid: Grid, waiting: set[str], patience: Patience, take: Callable[[list[Message]], int]) -> set[str]:
+    """Take the answers that have come; returns the ids of the messages that they answer."""
+    arrived = list(grid.pull_messages([message_id for message_id in waiting if message_id]))
+    patience.count(take(arrived))
+    return {answers(reply) for reply in arrived}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.algorithms import State
+from fedtune.beside import Beside
 from fedtune.chain import as_text
 from fedtune.config import RunConfig
 from fedtune.data.encode import Encoded
@@ -75,7 +76,8 @@ def _with_new_ledger(folder: RunFolder, asked: RunConfig, config: RunConfig, her
         partition=data_digest(here.data),
         pool=state.pool.identity,
     )
-    ledger = Ledger.create(folder.path, header, snapshot_of(state, 0), Round(0, state=rules.digest(state)))
+    snapshot = snapshot_of(state, 0, Beside(folder.path).store)
+    ledger = Ledger.create(folder.path, header, snapshot, Round(0, state=rules.digest(state)))
     return Opened(config, folder, ledger, rules, state)
 
 
@@ -93,6 +95,7 @@ def _carry_on(asked: RunConfig) -> Opened:
         rules = _rules(going_on.config, here)
         _check_same(ledger, rules, here)
         state = restore(ledger, rules)
+        ledger.sweep()
         now = versions()
         older = _older(ledger)
         ledger.commit_event("resume", {"settings": dict(going_on.changed), "versions": now}, elapsed_of(ledger))

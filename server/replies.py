@@ -6,7 +6,9 @@ only from the table of those that a client's work can raise, and nothing but a F
 
 from __future__ import annotations
 
-from flwr.app import ConfigRecord, Message
+import copy
+
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_to_proto
 
 from fedtune import errors
@@ -76,6 +78,11 @@ def is_behind(reply: Message) -> bool:
 # ---------------------------------------------------------------------------------------------------- weight
 
 
+LARGE = 1 << 24  # bytes of a payload that is not copied to learn what its message weighs
+_SHORT, _LONG = 1 << 14, 1 << 21  # payloads whose lengths, and those of what is around them, are numbers of 3 and 4 bytes
+_NEAR = 1 << 12  # bytes that what is around a payload has at most
+
+
 def sent_down(message: Message) -> Traffic:
     """What an instruction weighs."""
     payload, serialised = _weight(message)
@@ -88,8 +95,39 @@ def sent_up(reply: Message) -> Traffic:
     return Traffic(payload_up=payload, serialised_up=serialised, messages_up=1 if payload else 0)
 
 
+def is_large(message: Message) -> bool:
+    """Whether the payload of a message is so large that several should not be there at a time."""
+    return len(_payload(message)) >= LARGE
+
+
 def _weight(message: Message) -> tuple[int, int]:
     """Bytes of the payload, and of the message as Flower serialises it."""
+    size = len(_payload(message))
+    if size < LARGE or len(_varint(size)) != len(_varint(size + _NEAR)):
+        return size, _serialised(message)
+    short, long = (_serialised(_with_payload(message, bytes(length))) for length in (_SHORT, _LONG))
+    lengths = long - short - (_LONG - _SHORT)  # that grow by a byte from 3 to 4: one for each message around the payload
+    return size, long + size - _LONG + lengths * (len(_varint(size)) - len(_varint(_LONG)))
+
+
+def _payload(message: Message) -> bytes:
     record = record_of(message)
     payload = record.get("payload") if record else None
-    return len(payload) if isinstance(payload, bytes) else 0, message_to_proto(message).ByteSize()
+    return payload if isinstance(payload, bytes) else b""
+
+
+def _serialised(message: Message) -> int:
+    return int(message_to_proto(message).ByteSize())
+
+
+def _with_payload(message: Message, payload: bytes) -> Message:
+    """The same message with another payload."""
+    other = copy.copy(message)
+    record = ConfigRecord({**message.content.config_records[RECORD], "payload": payload})
+    other.__dict__["_content"] = RecordDict({**message.content, RECORD: record})
+    return other
+
+
+def _varint(number: int) -> bytes:
+    """A length as protobuf writes it, 7 bits a byte."""
+    return bytes(-(-number.bit_length() // 7))

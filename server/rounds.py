@@ -7,8 +7,9 @@ on to the same end.
 from __future__ import annotations
 
 import time
+from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
 from fedtune.control import Doing
@@ -25,7 +26,6 @@ from server.operate import Operator
 from server.outcome import failed_alike, unchanged
 from server.phases import Phases
 from server.record import Record
-from server.replies import is_behind, looks_usable
 from server.strategy import CoefficientStrategy
 
 SHORT_ROUNDS = 3  # so many rounds in a row, or tries at one, without enough usable updates end the run
@@ -48,7 +48,8 @@ class Run:
         self.grid, self.config, self.folder, self.notes = grid, opened.config, opened.folder, opened.notes
         self.here: Resident = resident(opened.config)
         self.record = Record(opened)
-        self.strategy = CoefficientStrategy(opened.rules, opened.state, self.record.dropped(), self.record.keys())
+        dropped, keys = self.record.dropped(), self.record.keys()
+        self.strategy = CoefficientStrategy(opened.rules, opened.state, dropped, keys, opened.ledger.keep)
         self.operator = Operator(self.record, self.strategy)
         self._newcomers: Newcomers | None = None
         self._phases = Phases()
@@ -184,16 +185,16 @@ class Run:
         with self._phases.measure("clients"):
             enough = max(self.config.min_replies, -(-len(instructions) // 2))
             patience = self._patience(self.config.round_timeout, enough)
-            replies = exchange(self.grid, instructions, patience, _usable)
+            take = partial(strategy.receive, number)
+            exchange(self.grid, instructions, patience, take)
             strategy.note_sent(instructions)
-            more = strategy.configure_catch_up(number, replies)
-            if more:
-                replies = [reply for reply in replies if not is_behind(reply)]
-                replies += exchange(self.grid, more, patience, _usable)
-                strategy.note_sent(more)
+            del instructions  # which may be as large as the model
+            more = strategy.configure_catch_up(number)
+            exchange(self.grid, more, patience, take)
+            strategy.note_sent(more)
             strategy.tally.closed = patience.closed
         with self._phases.measure("aggregate"):
-            strategy.aggregate_train(number, replies)
+            strategy.aggregate_train(number, ())
 
     def _settle(self, number: int) -> None:
         """Publish the committed round, evaluate it if that is due, and write its line of metrics."""
@@ -233,7 +234,3 @@ class Run:
             f"{few} for {SHORT_ROUNDS} {rounds}. The last reasons: "
             + "; ".join(f"client {name}: {why}" for name, why in sorted(tally.refused.items()))
         )
-
-
-def _usable(replies: list[Message]) -> int:
-    return sum(map(looks_usable, replies))

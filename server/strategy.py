@@ -7,7 +7,7 @@ counted), and measures payload bytes where messages are made.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,18 +18,19 @@ from flwr.serverapp.strategy import Strategy
 
 from fedtune import wire
 from fedtune.algorithms import State
-from fedtune.coefficients import Coefficients
+from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.culprits import publishable
 from fedtune.errors import FedtuneError, MismatchError, NonFiniteError
 from fedtune.foreign import for_file
+from fedtune.pieces import Buffer
 from fedtune.progress import ClientFinished, Note, RoundStarted, emit
 from fedtune.replay import Rules, read_update
 from fedtune.selftest import SelfTest, self_test
 from fedtune.traffic import Traffic
 from fedtune.wire import Instruction, Status, Update
 from server.admission import check_fit
-from server.replies import RECORD, answers, content_of, is_behind, payload_of, sent_down, sent_up
+from server.replies import RECORD, answers, content_of, is_behind, looks_usable, payload_of, sent_down, sent_up
 from server.roster import Client, Roster
 from server.sampling import natural_order, sample_clients
 
@@ -53,7 +54,7 @@ class Tally:
     refused: dict[str, str] = field(default_factory=dict)
     problems: dict[str, FedtuneError] = field(default_factory=dict)
     updates: dict[str, Update] = field(default_factory=dict)
-    payloads: dict[str, bytes] = field(default_factory=dict)
+    payloads: dict[str, Buffer] = field(default_factory=dict)
     short: bool = False
     closed: str = "no answer"
     traffic: dict[str, Traffic] = field(default_factory=dict)
@@ -72,9 +73,17 @@ class CoefficientStrategy(Strategy):
         state: to go on from.
         dropped: ids of clients that take no part.
         keys: the key that each id belongs to.
+        keep: takes a payload out of memory if it is large.
     """
 
-    def __init__(self, rules: Rules, state: State, dropped: Iterable[str] = (), keys: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        state: State,
+        dropped: Iterable[str] = (),
+        keys: Mapping[str, str] | None = None,
+        keep: Callable[[Buffer], Buffer] = lambda payload: payload,
+    ) -> None:
         self.rules, self.config, self.algorithm = rules, rules.config, rules.algorithm
         self.layout, self.fingerprint = rules.layout, rules.fingerprint
         self.state = state
@@ -83,6 +92,9 @@ class CoefficientStrategy(Strategy):
         self._model = self.state.published(self.config.coefficient_bits)
         self._digest = self._model.digest(self.fingerprint)
         self._asked: dict[str, Message] = {}
+        self._answered = set[str]()
+        self._behind: list[str] = []
+        self._keep = keep
 
     @cached_property
     def _tested(self) -> SelfTest:
@@ -131,19 +143,34 @@ class CoefficientStrategy(Strategy):
         examples = {name: client.examples for name, client in self.clients.items()}
         chosen = sample_clients(self.config, server_round, examples, int(str(config.get("attempt", 1))))
         self.tally = Tally(clients=list(chosen))
-        self._asked = {}
+        self._asked, self._answered, self._behind = {}, set(), []
         emit(RoundStarted(server_round, chosen))
-        return [self._instruct(server_round, client) for client in chosen]
+        return self._instruct(server_round, chosen)
 
-    def configure_catch_up(self, server_round: int, replies: Iterable[Message]) -> list[Message]:
-        """Complete instructions for the clients that answered that they lack pools (they restarted, say)."""
-        client_of = self._client_of()
-        late = [reply for reply in replies if answers(reply) in client_of and is_behind(reply)]
-        behind = [client_of[answers(reply)] for reply in late]
-        for client, reply in zip(behind, late, strict=True):
+    def receive(self, server_round: int, replies: Iterable[Message]) -> int:
+        """Take answers as they come: valid updates, and who lacks pools; returns how many carry an update, sound or not."""
+        client_of = {message.metadata.message_id: client for client, message in self._asked.items()}
+        usable = 0
+        for reply in replies:
+            client = client_of.get(answers(reply))
+            if client is None or client in self._answered:
+                emit(Note("A reply that nobody asked for was ignored.", warning=True))
+                continue
+            self._answered.add(client)
             self._count(client, sent_up(reply))
+            usable += looks_usable(reply)
+            if is_behind(reply) and client not in self._behind:
+                self._behind.append(client)
+            else:
+                self._take(server_round, client, reply)
+        return usable
+
+    def configure_catch_up(self, server_round: int) -> list[Message]:
+        """Complete instructions for the clients that answered that they lack pools (they restarted, say)."""
+        for client in self._behind:
             self.clients[client].pools_held, self.clients[client].known = 0, None
-        return [self._instruct(server_round, client) for client in behind]
+        self._answered -= set(self._behind)
+        return self._instruct(server_round, self._behind)
 
     def note_sent(self, sent: Iterable[Message]) -> None:
         """Count what was sent, once Flower has given the messages their ids."""
@@ -152,20 +179,11 @@ class CoefficientStrategy(Strategy):
             if id(message) in pushed:
                 self._count(client, sent_down(message))
 
-    def _client_of(self) -> dict[str, str]:
-        """The client that was asked, by the id of the last message to it."""
-        return {message.metadata.message_id: client for client, message in self._asked.items()}
-
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Use every valid update, refuse the others by name, and move the state; too few of them leave it as it is."""
-        client_of, tally = self._client_of(), self.tally
-        for reply in replies:
-            client = client_of.pop(answers(reply), None)
-            if client is None:
-                emit(Note("A reply that nobody asked for was ignored.", warning=True))
-                continue
-            self._count(client, sent_up(reply))
-            self._take(server_round, client, reply)
+        tally = self.tally
+        self.receive(server_round, replies)
+        self._asked = {}
         for client in sorted(set(tally.clients) - set(tally.updates) - set(tally.refused), key=natural_order):
             self.clients[client].known = None
             self._finished(server_round, client, tally.closed)
@@ -192,9 +210,26 @@ class CoefficientStrategy(Strategy):
         if not self.config.alone:
             self.tally.count(client, traffic)
 
-    def _instruct(self, server_round: int, client: str) -> Message:
-        known = self.clients[client]
-        held = min(known.pools_held, len(self._model.pools) - 1)
+    def _instruct(self, server_round: int, clients: Sequence[str]) -> list[Message]:
+        """One instruction to each of `clients`; those who hold the same get the same bytes, which are there once."""
+        payloads: dict[tuple[int, int], bytes] = {}
+        for client in clients:
+            known = self.clients[client]
+            held = min(known.pools_held, len(self._model.pools) - 1)
+            holds = held, id(known.known)
+            if holds not in payloads:
+                payloads[holds] = self._instruction(server_round, held, known.known)
+            record = ConfigRecord({"payload": payloads[holds], "seconds": working_seconds(self.config)})
+            self._asked[client] = Message(
+                RecordDict({RECORD: record}),
+                dst_node_id=known.node,
+                message_type=MessageType.TRAIN,
+                ttl=self.config.round_timeout,
+                group_id=str(server_round),
+            )
+        return [self._asked[client] for client in clients]
+
+    def _instruction(self, server_round: int, held: int, known: PoolCoefficients | None) -> bytes:
         instruction = Instruction(
             round=server_round,
             fingerprint=self.fingerprint,
@@ -204,22 +239,14 @@ class CoefficientStrategy(Strategy):
             pools=self._model.pools[held:],
             draw_weights=self.algorithm.draw_weights(self.state),
             counts=self.rules.counts(self.state).astype(np.uint16),
-            known=known.known,
+            known=known,
         )
-        payload = wire.encode_instruction(instruction, self.config.coefficient_bits)
-        content = RecordDict({RECORD: ConfigRecord({"payload": payload, "seconds": working_seconds(self.config)})})
-        message = Message(
-            content,
-            dst_node_id=known.node,
-            message_type=MessageType.TRAIN,
-            ttl=self.config.round_timeout,
-            group_id=str(server_round),
-        )
-        self._asked[client] = message
-        return message
+        return wire.encode_instruction(instruction, self.config.coefficient_bits)
 
-    def _read(self, server_round: int, client: str, reply: Message) -> tuple[Update, bytes]:
-        payload = payload_of(content_of(reply))
+    def _read(self, server_round: int, client: str, reply: Message) -> tuple[Update, Buffer]:
+        payload: Buffer = payload_of(content_of(reply))
+        if len(payload) <= self.algorithm.longest_update(self.config, self.layout):
+            payload = self._keep(payload)
         others = [other for other in self.tally.clients if other != client]
         update = read_update(
             self.rules, self.state, payload, round=server_round, digest=self._digest, client=client, others=others

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from fedtune.at_rest import AtRest, _private_file
+from fedtune.at_rest import AtRest
 from fedtune.errors import ModelError
 from fedtune.layout import trainable
 from fedtune.models import LanguageModel
+from fedtune.scratch import nameless_file
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -48,7 +49,7 @@ def test_a_mapped_base_stays_when_the_live_weights_are_written(tiny_lm: Language
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_was_converted_goes_to_a_private_file_without_a_name(
+def test_what_was_converted_goes_to_anameless_file_without_a_name(
     tiny_lm: LanguageModel, dtype: torch.dtype, cache: Path
 ) -> None:
     model = tiny_lm.model.to(dtype)
@@ -126,7 +127,7 @@ def test_a_full_disk_is_a_typed_error(monkeypatch: pytest.MonkeyPatch, cache: Pa
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fedtune.at_rest._allocate", full)
+    monkeypatch.setattr("fedtune.scratch._allocate", full)
     with pytest.raises(ModelError, match=r"needs 4,096 bytes of disk in .*No space left.*XDG_CACHE_HOME") as error:
         AtRest.blank([((1024,), torch.float32)], in_memory=0)
     assert error.value.facts == {"folder": str(cache), "bytes": 4096}
@@ -136,4 +137,4 @@ def test_a_cache_that_cannot_be_written_is_a_typed_error(monkeypatch: pytest.Mon
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="Not a directory"):
-        _private_file(64)
+        nameless_file(64)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,7 @@ from fedtune.config import RunConfig
 from fedtune.data.batches import Batch
 from fedtune.data.encode import Encoded
 from fedtune.directions import Directions, Pool
-from fedtune.directions.base import DISJOINT, F64
+from fedtune.directions.base import DISJOINT, F64, Floats
 from fedtune.elementary import cosine_of_turns
 from fedtune.layout import BlockRule, Layout
 from fedtune.perturb import LiveWeights, Perturbation
@@ -41,19 +43,25 @@ class State:
         round: rounds finished; 0 is the base model.
         closed: coefficients of the pools that are no longer added to.
         pool: the open pool.
-        values: float64 [L, K], its coefficients before rounding to the grid.
+        values: float64 [L, K], its coefficients before rounding to the grid; float32 where there is one for each weight.
         statistics: further arrays of the algorithm, by name (float64).
     """
 
     round: int
     closed: tuple[PoolCoefficients, ...]
     pool: Pool
-    values: F64
+    values: Floats
     statistics: Mapping[str, F64] = field(default_factory=dict)
 
     def published(self, bits: int) -> Coefficients:
-        """The model of this state as every client rebuilds it."""
-        return Coefficients((*self.closed, quantise(self.pool, self.values, bits)))
+        """The model of this state as every client rebuilds it; computed once."""
+        found = _PUBLISHED.get(self)
+        if found is None or found[0] != bits:
+            found = _PUBLISHED[self] = bits, Coefficients((*self.closed, quantise(self.pool, self.values, bits)))
+        return found[1]
+
+
+_PUBLISHED: WeakKeyDictionary[State, tuple[int, Coefficients]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,10 @@ class Algorithm:
             return Pool(family, 0, size)  # not random: the same for all runs
         return Pool(family, stream_key(config.seed, "pool", number), size, rank=config.rank)
 
+    def value_type(self, config: RunConfig) -> np.dtype[Any]:
+        """Of the coefficients before rounding: float32 where there is one for each weight, which has no more bits itself."""
+        return np.dtype(np.float32 if self.family_of(config) in DISJOINT else np.float64)
+
     def longest_update(self, config: RunConfig, layout: Layout) -> int:
         """Bytes of an update at most; a longer message is none."""
         blocks = layout.blocks if self.kind == Kind.COORDINATES else 0
@@ -171,14 +183,15 @@ class Algorithm:
     def start(self, config: RunConfig, layout: Layout) -> State:
         """State 0: the base model."""
         pool = self.pool(config, layout, 0)
-        return State(0, (), pool, np.zeros((layout.blocks, pool.size)), self.statistics(layout.blocks, pool.size))
+        values = np.zeros((layout.blocks, pool.size), dtype=self.value_type(config))
+        return State(0, (), pool, values, self.statistics(layout.blocks, pool.size))
 
     def begin_round(self, state: State, config: RunConfig, layout: Layout) -> State:
         """The state that the next round starts from: with a fresh pool if the schedule says so."""
         number = pool_number(config, state.round + 1)
         if number == len(state.closed):
             return state
-        closed = quantise(state.pool, state.values, config.coefficient_bits)
+        closed = state.published(config.coefficient_bits).pools[-1]
         pool = self.pool(config, layout, number)
         fresh = self.statistics(layout.blocks, pool.size)
         fresh |= {name: state.statistics[name] for name in self.lasting}

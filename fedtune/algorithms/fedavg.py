@@ -24,6 +24,8 @@ from fedtune.algorithms.first_order import descend
 from fedtune.config import RunConfig
 from fedtune.directions.base import F32
 from fedtune.layout import Layout
+from fedtune.pieces import all_finite, release, together
+from fedtune.scratch import room
 from fedtune.wire import Instruction, Kind, Status, Update
 
 
@@ -38,8 +40,8 @@ def weights_update(
     work: LocalWork, change: Sequence[torch.Tensor], losses: Sequence[float], finite: bool, instruction: Instruction
 ) -> Update:
     """The change of the weights as the update that answers `instruction`; an empty one if anything is not finite."""
-    delta = flat(change) if finite else np.zeros(0, dtype=np.float32)
-    finite = finite and bool(np.isfinite(delta).all())
+    delta = flat(change, sum(weight.numel() for weight in work.weights)) if finite else np.zeros(0, dtype=np.float32)
+    finite = finite and all_finite(delta)
     return Update(
         round=instruction.round,
         digest=instruction.digest,
@@ -53,18 +55,28 @@ def weights_update(
     )
 
 
-def flat(tensors: Sequence[torch.Tensor]) -> F32:
-    """float32 [d]: the tensors in order, one after another, on the host."""
-    return np.concatenate([tensor.reshape(-1).float().cpu().numpy() for tensor in tensors])
+def flat(tensors: Sequence[torch.Tensor], size: int) -> F32:
+    """float32 [size]: the tensors in order, one after another, on the host."""
+    out, end = room((size,), np.float32), 0
+    for tensor in tensors:
+        values = tensor.reshape(-1).float().cpu().numpy()
+        out[end : end + values.size] = values
+        end += values.size
+        release(out)
+    return out
 
 
 def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, layout: Layout) -> State:
-    """C <- C + server_lr * sum_i c_i delta_i, clients in sorted order, in float64."""
-    number = next(iter(updates.values())).round  # the server's round, which counts empty ones too
-    rate = server_rate(config, number)
-    values = state.values.copy()
-    for client, share in shares(updates, config).items():
-        values[0] += rate * share * updates[client].scalars.astype(np.float64)
+    """C <- C + server_lr * sum_i c_i delta_i, clients in sorted order, summed in float64 and kept in float32."""
+    rate = server_rate(config, next(iter(updates.values())).round)  # the server's round, which counts empty ones too
+    counted = {client: rate * share for client, share in shares(updates, config).items()}
+    values = room(state.values.shape, state.values.dtype)
+    with np.errstate(over="ignore"):  # what does not fit float32 is infinite, and refused where it is published
+        for where, (before, *changes) in together([state.values[0], *(updates[client].scalars for client in counted)]):
+            moved = before.astype(np.float64)
+            for weight, change in zip(counted.values(), changes, strict=True):
+                moved += weight * change.astype(np.float64)
+            values[0, where] = moved
     return replace(state, round=state.round + 1, values=values)
 
 

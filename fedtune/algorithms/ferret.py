@@ -238,7 +238,7 @@ def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, la
     the round, and applies the sum to the model of the round before.
     """
     sizes = np.array(layout.block_sizes)
-    step = np.zeros_like(state.values)
+    step = np.zeros(state.values.shape)
     for client, share in shares(updates, config).items():
         update = updates[client]
         wanted = chosen_seeds(config, update.round, client, update.counts, state.pool.size)

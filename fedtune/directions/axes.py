@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fedtune.directions.base import F32, F64, Family, Pool
 from fedtune.layout import Layout
+from fedtune.pieces import release
 
 
 class Axes(Family):
@@ -42,6 +43,7 @@ class Axes(Family):
         np.add(base[: len(part)], part, out=out[: len(part)])
         if out is not base:
             out[len(part) :] = base[len(part) :]
+        release(coefficients)
 
     def project(self, sums: F64, delta: F32, p0: int, wanted: npt.NDArray[np.bool_] | None) -> None:
         first = self._first(p0)

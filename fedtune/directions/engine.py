@@ -14,6 +14,7 @@ from fedtune.directions.choice import choose_kernels, make_backend
 from fedtune.directions.host import PIECE, as_array, is_direct
 from fedtune.errors import DirectionsError
 from fedtune.layout import Entry, Layout
+from fedtune.pieces import all_finite
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -177,7 +178,7 @@ class Directions:
                 f"Coefficients must be float32 [blocks, K] = {list(shape)}, "
                 f"not {coefficients.dtype} {list(coefficients.shape)}."
             )
-        if not np.isfinite(coefficients).all():
+        if not all(map(all_finite, coefficients)):
             raise DirectionsError("Coefficients must be finite: a NaN or infinity would spread over the whole model.")
 
     def _check_all(self, tensors: Sequence[Tensor]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedtune.beside import size_of
 from fedtune.control import said
 from fedtune.errors import FedtuneError
 from fedtune.ledger import Ledger
@@ -191,7 +192,7 @@ def _ledger(path: Path) -> _Kept:
         for row in ledger.rounds():
             for update in ledger.updates(row.number):
                 kept.shares[update.client] = kept.shares.get(update.client, 0.0) + update.share
-                kept.bytes_up[update.client] = kept.bytes_up.get(update.client, 0) + len(update.payload)
+                kept.bytes_up[update.client] = kept.bytes_up.get(update.client, 0) + size_of(update.payload)
         kept.events = [(event.round, event.kind, event.detail) for event in ledger.events() if event.kind not in BOOKKEEPING]
         header = ledger.header
         kept.digests = {

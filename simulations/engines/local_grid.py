@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 
 from fedtune.errors import FedtuneError, Interrupted
 from fedtune.seeds import Stream
+from server.replies import is_large
 from simulations.engines import flower_internals as internals
 
 ClientHandler = Callable[[Message, Context], Message]
@@ -218,7 +219,8 @@ class LocalGrid(Grid):
         return reply
 
     def _carry(self, message: Message) -> Message:
-        return internals.through_bytes(message) if self.serialise else message
+        """What arrives of `message`. A payload as large as a model is not copied: nobody can change its bytes."""
+        return internals.through_bytes(message) if self.serialise and not is_large(message) else message
 
 
 def _node_ids(seed: int, nodes: int) -> list[int]:

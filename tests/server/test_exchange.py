@@ -59,17 +59,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def usable(replies: list[Message]) -> int:
-    return sum(map(looks_usable, replies))
-
-
 def ask(clock: Clock, grid: TimedGrid, *, enough: int = 0, grace: float = 3.0) -> tuple[list[int], float, str]:
     """Who answered in time, after how many seconds the round closed, and why."""
     messages = [Message(RecordDict(), node, "train") for node in grid.after]
     patience = Patience(timeout=TIMEOUT, grace=grace, enough=enough or -(-len(messages) // 2))
     began = clock.now
-    replies = exchange(grid, messages, patience, usable)  # type: ignore[arg-type]
-    return sorted(reply.metadata.src_node_id for reply in replies), clock.now - began, patience.closed
+    came: list[int] = []
+
+    def take(replies: list[Message]) -> int:
+        came.extend(reply.metadata.src_node_id for reply in replies)
+        return sum(map(looks_usable, replies))
+
+    exchange(grid, messages, patience, take)  # type: ignore[arg-type]
+    return sorted(came), clock.now - began, patience.closed
 
 
 def test_when_all_have_answered_it_closes_at_once(clock: Clock) -> None:
