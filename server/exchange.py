@@ -14,7 +14,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.progress import check_stop
-from server.replies import answers, is_large
+from server.replies import answers
 
 POLL_SECONDS = 0.1
 NOT_SENT = "no answer: Flower did not take the message"
@@ -67,18 +67,27 @@ class Patience:
         return True
 
 
-def exchange(grid: Grid, messages: Sequence[Message], patience: Patience, take: Callable[[list[Message]], int]) -> None:
-    """Send messages and collect the answers that come in time (`collect`); large ones are sent one by one."""
+def exchange(
+    grid: Grid,
+    messages: Sequence[Message],
+    patience: Patience,
+    take: Callable[[list[Message]], int],
+    *,
+    one_by_one: bool = False,
+) -> None:
+    """Send messages and collect the answers that come in time (`collect`).
+
+    Args:
+        one_by_one: messages or answers are so large that several should not be there at a time.
+    """
     if not messages:
         return
     patience.begin(len(messages))
-    if not any(map(is_large, messages)):
-        collect(grid, grid.push_messages(messages), patience, take)
-        return
     waiting = set[str]()
-    for message in messages:
-        waiting |= set(grid.push_messages([message]))
-        waiting -= _arrived(grid, waiting, patience, take)  # where clients work in this process, what this one has made
+    for part in ([message] for message in messages) if one_by_one else (messages,):
+        waiting.update(message_id for message_id in grid.push_messages(part) if message_id)  # none if Flower did not send it
+        if one_by_one:
+            waiting -= _arrived(grid, waiting, patience, take)  # where clients work in this process, what this one has made
     collect(grid, waiting, patience, take)
 
 
@@ -88,7 +97,7 @@ def collect(grid: Grid, message_ids: Iterable[str], patience: Patience, take: Ca
     Args:
         take: gets the answers as they come; returns how many of them are of use. Nothing else keeps them.
     """
-    waiting = {message_id for message_id in message_ids if message_id}  # Flower has no id for what it did not send
+    waiting = set(message_ids)
     while waiting:
         waiting -= _arrived(grid, waiting, patience, take)
         check_stop()
@@ -99,6 +108,6 @@ def collect(grid: Grid, message_ids: Iterable[str], patience: Patience, take: Ca
 
 def _arrived(grid: Grid, waiting: set[str], patience: Patience, take: Callable[[list[Message]], int]) -> set[str]:
     """Take the answers that have come; returns the ids of the messages that they answer."""
-    arrived = list(grid.pull_messages([message_id for message_id in waiting if message_id]))
+    arrived = list(grid.pull_messages(list(waiting)))
     patience.count(take(arrived))
     return {answers(reply) for reply in arrived}

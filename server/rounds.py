@@ -186,11 +186,11 @@ class Run:
             enough = max(self.config.min_replies, -(-len(instructions) // 2))
             patience = self._patience(self.config.round_timeout, enough)
             take = partial(strategy.receive, number)
-            exchange(self.grid, instructions, patience, take)
+            exchange(self.grid, instructions, patience, take, one_by_one=strategy.sends_much)
             strategy.note_sent(instructions)
             del instructions  # which may be as large as the model
             more = strategy.configure_catch_up(number)
-            exchange(self.grid, more, patience, take)
+            exchange(self.grid, more, patience, take, one_by_one=strategy.sends_much)
             strategy.note_sent(more)
             strategy.tally.closed = patience.closed
         with self._phases.measure("aggregate"):

@@ -30,7 +30,7 @@ from fedtune.selftest import SelfTest, self_test
 from fedtune.traffic import Traffic
 from fedtune.wire import Instruction, Status, Update
 from server.admission import check_fit
-from server.replies import RECORD, answers, content_of, is_behind, looks_usable, payload_of, sent_down, sent_up
+from server.replies import LARGE, RECORD, answers, content_of, is_behind, looks_usable, payload_of, sent_down, sent_up
 from server.roster import Client, Roster
 from server.sampling import natural_order, sample_clients
 
@@ -112,6 +112,11 @@ class CoefficientStrategy(Strategy):
     def dropped(self) -> set[str]:
         """Ids of those that take no part any more."""
         return self.roster.dropped
+
+    @property
+    def sends_much(self) -> bool:
+        """Whether an update can be so large that several should not be in memory at a time."""
+        return self.algorithm.longest_update(self.config, self.layout) >= LARGE
 
     @property
     def model(self) -> Coefficients:

@@ -64,14 +64,19 @@ def ask(clock: Clock, grid: TimedGrid, *, enough: int = 0, grace: float = 3.0) -
     messages = [Message(RecordDict(), node, "train") for node in grid.after]
     patience = Patience(timeout=TIMEOUT, grace=grace, enough=enough or -(-len(messages) // 2))
     began = clock.now
+    return taken(grid, messages, patience), clock.now - began, patience.closed
+
+
+def taken(grid: object, messages: list[Message], patience: Patience, *, one_by_one: bool = False) -> list[int]:
+    """The nodes whose answers an exchange took, in order of their numbers."""
     came: list[int] = []
 
     def take(replies: list[Message]) -> int:
         came.extend(reply.metadata.src_node_id for reply in replies)
         return sum(map(looks_usable, replies))
 
-    exchange(grid, messages, patience, take)  # type: ignore[arg-type]
-    return sorted(came), clock.now - began, patience.closed
+    exchange(grid, messages, patience, take, one_by_one=one_by_one)  # type: ignore[arg-type]
+    return sorted(came)
 
 
 def test_when_all_have_answered_it_closes_at_once(clock: Clock) -> None:
@@ -125,17 +130,34 @@ def test_a_second_exchange_has_the_grace_that_the_first_one_earned(clock: Clock)
     """Who says that it lacks pools and is silent then holds nobody either."""
     patience = Patience(timeout=TIMEOUT, grace=3.0, enough=2)
     first = TimedGrid(clock, {2: 20.0, 3: 20.0, 4: 30.0})
-    exchange(first, [Message(RecordDict(), node, "train") for node in first.after], patience, usable)  # type: ignore[arg-type]
+    taken(first, [Message(RecordDict(), node, "train") for node in first.after], patience)
     began = clock.now
     late = TimedGrid(clock, {4: 1e9})
-    assert exchange(late, [Message(RecordDict(), 4, "train")], patience, usable) == []  # type: ignore[arg-type]
+    assert taken(late, [Message(RecordDict(), 4, "train")], patience) == []
     assert clock.now - began == pytest.approx(3 * 20.0, abs=1.0)
     assert "raise grace" in patience.closed
-    assert exchange(late, [], patience, usable) == []  # type: ignore[arg-type]
+    assert taken(late, [], patience) == []
 
 
 def test_what_could_not_be_sent_is_not_waited_for(clock: Clock) -> None:
     """Flower gives no id to a message that it did not take."""
     grid = SimpleNamespace(push_messages=lambda messages: [None, None])
     patience = Patience(timeout=TIMEOUT, grace=3.0, enough=1)
-    assert exchange(grid, [Message(RecordDict(), 2, "train")], patience, usable) == []  # type: ignore[arg-type]
+    for one_by_one in (False, True):
+        assert taken(grid, [Message(RecordDict(), 2, "train")], patience, one_by_one=one_by_one) == []
+
+
+def test_large_messages_go_out_one_by_one_and_what_has_come_is_taken_in_between(clock: Clock) -> None:
+    grid = TimedGrid(clock, {2: 0.0, 3: 50.0, 4: 0.0})
+    pushed, push = list[int](), grid.push_messages
+
+    def count(messages: list[Message]) -> list[str]:
+        pushed.append(len(messages))
+        return push(messages)
+
+    grid.push_messages = count  # type: ignore[method-assign]
+    patience = Patience(timeout=TIMEOUT, grace=3.0, enough=2)
+    messages = [Message(RecordDict(), node, "train") for node in grid.after]
+    assert taken(grid, messages, patience, one_by_one=True) == [2, 3, 4]
+    assert pushed == [1, 1, 1]
+    assert grid.pulled[:2] == [2, 4]
