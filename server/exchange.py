@@ -86,7 +86,7 @@ def exchange(
     waiting = set[str]()
     for part in ([message] for message in messages) if one_by_one else (messages,):
         waiting.update(message_id for message_id in grid.push_messages(part) if message_id)  # none if Flower did not send it
-        if one_by_one:
+        if one_by_one and waiting:
             waiting -= _arrived(grid, waiting, patience, take)  # where clients work in this process, what this one has made
     collect(grid, waiting, patience, take)
 

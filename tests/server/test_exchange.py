@@ -148,7 +148,7 @@ def test_what_could_not_be_sent_is_not_waited_for(clock: Clock) -> None:
 
 
 def test_large_messages_go_out_one_by_one_and_what_has_come_is_taken_in_between(clock: Clock) -> None:
-    grid = TimedGrid(clock, {2: 0.0, 3: 50.0, 4: 0.0})
+    grid = TimedGrid(clock, {2: 0.0, 3: 20.0, 4: 0.0})
     pushed, push = list[int](), grid.push_messages
 
     def count(messages: list[Message]) -> list[str]:
