@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fedtune.beside
 from fedtune.config import RunConfig
 from fedtune.ledger import Ledger
 from fedtune.run_folder import RunFolder
@@ -71,6 +72,18 @@ def test_every_crash_point_leads_to_the_same_end(build: Build, tmp_path: Path, m
     assert crashes.writes > 40
     assert sum("torn commit" in moment for moment in crashes.folders) > 30
     assert resume_all(settings, crashes.folders, end_of(Path(settings.out))) > 60
+
+
+def test_every_crash_point_of_a_run_with_large_states_leads_to_the_same_end(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States and updates lie in files beside the ledger (here from 200 bytes on): also killed at the writes of those."""
+    monkeypatch.setattr(fedtune.beside, "LARGE", 200)
+    settings = build("fedavg")
+    crashes = watched(settings, tmp_path / "crashes", monkeypatch)
+    moments = {moment: folder for moment, folder in crashes.folders.items() if "torn commit" not in moment}
+    assert sum(".new" in moment for moment in moments) > 20
+    assert resume_all(settings, moments, end_of(Path(settings.out))) > 40
 
 
 def test_every_crash_point_of_a_resume_leads_to_the_same_end(

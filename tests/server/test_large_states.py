@@ -1,0 +1,117 @@
+"""Runs whose states and updates are large: they lie beside the ledger, and every promise of the ledger holds for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fedtune.beside
+import fedtune.scratch
+from fedtune.beside import FOLDER, is_reference
+from fedtune.config import RunConfig
+from fedtune.errors import DamagedLedgerError
+from fedtune.ledger import Ledger
+from fedtune.ledger_file import LEDGER
+from fedtune.verify import verify
+from tests.laws.federation import config, lying, run
+
+Settings = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def settings(tiny_folder: Path, instructions: Path, tmp_path: Path) -> Settings:
+    def make(name: str = "fedavg", out: str = "run", **changes: object) -> RunConfig:
+        return config(name, tiny_folder, instructions, tmp_path / out, **{"rounds": 2, "local_steps": 2, **changes})
+
+    return make
+
+
+@pytest.fixture
+def small_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows hold 200 bytes and memory nothing: what is larger lies in files."""
+    monkeypatch.setattr(fedtune.beside, "LARGE", 200)
+    monkeypatch.setattr(fedtune.scratch, "IN_MEMORY", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedavg-16bit", "lora", "ferret-fixed", "fedkseed-fresh"])
+def test_where_values_lie_changes_nothing(
+    name: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same digests and the same files with and without room, of any algorithm; and a late resume ends the same."""
+    with_room = run(settings(name))
+    with monkeypatch.context() as patch:
+        patch.setattr(fedtune.beside, "LARGE", 200)
+        patch.setattr(fedtune.scratch, "IN_MEMORY", 0)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        without = run(settings(name, out="without"))
+        assert without.digests == with_room.digests
+        assert without.folder.read_bytes("coefficients.bin") == with_room.folder.read_bytes("coefficients.bin")
+        with Ledger.open(without.folder.path) as ledger:
+            assert verify(ledger).digest == with_room.digests[-1]
+            assert is_reference(ledger.snapshot.arrays)
+        once = settings(name, out="once", rounds=1)
+        run(once)
+        assert run(once.replace(resume=once.out, rounds=2)).digests == with_room.digests
+
+
+@pytest.mark.usefixtures("small_rows")
+def test_the_folder_holds_what_rows_name_and_one_snapshot_more(settings: Settings) -> None:
+    found = run(settings(rounds=3))
+    with Ledger.open(found.folder.path) as ledger:
+        rows = [used.payload for number in range(4) for used in ledger.updates(number)] + [ledger.snapshot.arrays]
+    names = {stored[len(fedtune.beside.MARK) : -8].hex() for stored in rows}
+    there = {path.name for path in (found.folder.path / FOLDER).iterdir()}
+    assert names <= there
+    assert len(there - names) == 1  # of the round before, for who reads it now
+    assert (found.folder.path / LEDGER).stat().st_size < 100_000
+    assert {os.stat(found.folder.path / FOLDER / name).st_mode & 0o777 for name in there} == {0o600}
+
+
+@pytest.mark.usefixtures("small_rows")
+@pytest.mark.parametrize("what", ["update", "snapshot"])
+@pytest.mark.parametrize("harm", ["flipped", "gone"])
+def test_a_damaged_file_is_found_by_its_name_and_nothing_is_lost(what: str, harm: str, settings: Settings) -> None:
+    once = settings()
+    run(once)
+    folder = Path(once.out)
+    with Ledger.open(folder) as ledger:
+        stored = ledger.snapshot.arrays if what == "snapshot" else ledger.updates(1)[0].payload
+    path = folder / FOLDER / stored[len(fedtune.beside.MARK) : -8].hex()
+    whole = path.read_bytes()
+    if harm == "flipped":
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    else:
+        path.unlink()
+    with Ledger.open(folder) as ledger, pytest.raises(DamagedLedgerError, match=path.name):
+        verify(ledger)
+    others = {other.name for other in path.parent.iterdir()}
+    if what == "snapshot":
+        with pytest.raises(DamagedLedgerError, match=path.name):
+            run(once.replace(resume=once.out, rounds=3))
+        assert {other.name for other in path.parent.iterdir()} == others
+    path.write_bytes(whole)
+    run(once.replace(resume=once.out, rounds=3))
+    with Ledger.open(folder) as ledger:
+        assert verify(ledger).rounds == 3
+
+
+@pytest.mark.usefixtures("small_rows")
+def test_the_update_of_a_liar_leaves_no_file(settings: Settings) -> None:
+    """Refused ones are removed with the round, and what is longer than an update can be is never written."""
+    cheat, silent = lying(lambda payload: payload[:-4] + b"\x00\x00\xc0\x7f")  # a NaN at the end
+    lied = run(settings(), faults=cheat)
+    honest = run(settings(out="honest"), faults=silent)
+    assert lied.digests == honest.digests
+    assert any("not finite" in reason for reason in lied.refused.values())
+    there = [len(list((found.folder.path / FOLDER).iterdir())) for found in (lied, honest)]
+    assert there[0] == there[1]
+    shutil.rmtree(lied.folder.path)
+    longer, _ = lying(lambda payload: payload + bytes(len(payload)))
+    again = run(settings(), faults=longer)
+    sizes = [path.stat().st_size for path in (again.folder.path / FOLDER).iterdir()]
+    assert max(sizes) < 1.1 * min(sizes)
