@@ -38,7 +38,7 @@ def small_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedavg-16bit", "lora", "ferret-fixed", "fedkseed-fresh"])
+@pytest.mark.parametrize("name", ["fedavg", "fedavg-16bit", "ferret-fixed", "fedkseed-fresh"])
 def test_where_values_lie_changes_nothing(
     name: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
