@@ -22,6 +22,7 @@ from fedtune.data.encode import Encoded
 from fedtune.directions import Pool
 from fedtune.errors import ConfigError, MalformedMessageError, MismatchError, StaleReplicaError, WireError
 from fedtune.resident import Resident, resident
+from fedtune.scratch import trim
 from fedtune.selftest import encode, self_test
 
 
@@ -85,6 +86,7 @@ class Worker:
         differs = [pool for pool in instruction.pools if not pool.pool.disjoint]  # the others are never built upon
         keep = leading([*held[: instruction.held], *(wire.encode_pool(pool, bits) for pool in differs)])
         chosen = bool(instruction.counts.size)  # by the server, which knows them
+        trim()  # gradients and activations
         sent = wire.encode_update(update, config.scalar_bits, client=identity.client, with_counts=not chosen)
         return sent, keep
 

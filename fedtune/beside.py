@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fedtune.errors import DamagedLedgerError
 from fedtune.ledger_file import sync
-from fedtune.pieces import Buffer, give_back
+from fedtune.pieces import Buffer, slices
 from fedtune.private import make_folder, opener
 from fedtune.regular import ANY, open_regular
 
@@ -26,7 +26,6 @@ FOLDER = "values"
 LARGE = 1 << 20
 """Bytes from which a value lies beside the ledger: far above what a method of few numbers ever writes."""
 MARK = b"\x00fedtune beside\x00"
-PIECE = 1 << 24  # bytes that are hashed at a time
 REFERENCE = len(MARK) + 32 + 8  # bytes of what names a file
 
 
@@ -120,10 +119,8 @@ def _named(stored: bytes) -> tuple[str, int]:
 
 def _digest(memory: mmap.mmap) -> str:
     digest = hashlib.sha256()
-    with memoryview(memory) as view:
-        for start in range(0, len(view), PIECE):
-            digest.update(view[start : start + PIECE])
-            give_back(memory)
+    for piece in slices(memory):
+        digest.update(piece)
     return digest.hexdigest()
 
 
@@ -142,8 +139,9 @@ def _reference(parts: Iterable[Buffer], write: Callable[[Buffer], int]) -> bytes
     """What names the value of these parts, each of which is written."""
     digest, size = hashlib.sha256(), 0
     for part in parts:
-        write(part)
-        digest.update(part)
+        for piece in slices(part):
+            write(piece)
+            digest.update(piece)
         size += len(part)
     return MARK + digest.digest() + size.to_bytes(8, "little")
 

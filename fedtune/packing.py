@@ -19,11 +19,12 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.bits import Reader, Whole, integers_packed, narrowest, packed_length, unpack_integers
+from fedtune.bits import WHOLE_BYTES, Reader, Whole, integers_packed, narrowest, packed_length, unpack_integers
 from fedtune.coefficients import MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, StaleReplicaError
-from fedtune.pieces import Buffer, joined
+from fedtune.pieces import AT_ONCE, Buffer, joined, pieces, release
+from fedtune.scratch import room
 
 Known = Callable[[], PoolCoefficients | None]
 """Gives the coefficients of a pool that the reader has from an earlier round, if any."""
@@ -101,13 +102,17 @@ def _on_grid(known: PoolCoefficients, exponents: npt.NDArray[np.int32]) -> npt.N
 
 def _sparse_packed(flat: Whole, bits: int) -> Iterator[bytes]:
     """A bitmap of what is not zero, then those values."""
-    used = flat != 0
-    yield np.packbits(used, bitorder="little").tobytes()
-    yield from integers_packed(flat[used], bits)
+    for piece in pieces(flat):
+        yield np.packbits(piece != 0, bitorder="little").tobytes()
+    if bits in WHOLE_BYTES:
+        for piece in pieces(flat):
+            yield from integers_packed(piece[piece != 0], bits)
+    else:  # what stands in a byte may come from two pieces
+        yield from integers_packed(flat[flat != 0], bits)
 
 
 def _sparse_length(flat: Whole, bits: int) -> int:
-    return packed_length(flat.size, 1) + packed_length(int(np.count_nonzero(flat)), bits)
+    return packed_length(flat.size, 1) + packed_length(sum(int(np.count_nonzero(piece)) for piece in pieces(flat)), bits)
 
 
 def _prefixes(q: Whole) -> npt.NDArray[np.int64]:
@@ -182,13 +187,20 @@ def take_pool(reader: Reader, pool: Pool, blocks: int, bits: int, known: Known) 
 
 def _unpack_sparse(reader: Reader, size: int, bits: int) -> Whole:
     """The inverse of `_sparse_packed`: [size], of the narrowest type."""
-    marks = np.unpackbits(np.frombuffer(reader.take(packed_length(size, 1)), np.uint8), bitorder="little")
-    if marks[size:].any():
+    marks = np.frombuffer(reader.take(packed_length(size, 1)), np.uint8)
+    count = sum(int(np.bitwise_count(piece).sum(dtype=np.int64)) for piece in pieces(marks))
+    if size % 8 and marks[-1] >> size % 8:
         raise MalformedMessageError("Padding bits are set.")
-    used = marks[:size].astype(bool)
-    count = int(used.sum())
-    flat: Whole = np.zeros(size, dtype=narrowest(bits))
-    flat[used] = unpack_integers(reader.take(packed_length(count, bits)), count, bits)
+    values = unpack_integers(reader.take(packed_length(count, bits)), count, bits)
+    flat: Whole = room((size,), narrowest(bits))
+    done = 0
+    for piece, part in zip(pieces(flat), pieces(marks, AT_ONCE // 8), strict=True):
+        used = np.unpackbits(part, count=len(piece), bitorder="little").view(bool)
+        found = int(np.count_nonzero(used))
+        piece[:] = 0
+        piece[used] = values[done : done + found]
+        done += found
+        release(values)
     return flat
 
 

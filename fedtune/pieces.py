@@ -54,6 +54,16 @@ def all_finite(values: npt.NDArray[np.float32]) -> bool:
     return all(bool(np.isfinite(piece).all()) for piece in pieces(values))
 
 
+def slices(data: Buffer, size: int = 1 << 24) -> Iterator[memoryview]:
+    """`data` in views of at most `size` bytes, in order."""
+    with memoryview(data) as view:
+        for start in range(0, len(view), size):
+            with view[start : start + size] as piece:
+                yield piece
+            if isinstance(data, mmap.mmap):
+                give_back(data)
+
+
 def mapping(array: npt.NDArray[Any]) -> mmap.mmap | None:
     """The mapped file that `array` lies in, if it lies in one."""
     owner: object = array

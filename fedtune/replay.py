@@ -96,8 +96,8 @@ class Rules:
         """Names the model of a state."""
         return state.published(self.config.coefficient_bits).digest(self.fingerprint)
 
-    def encoded(self, state: State, number: int) -> bytes:
-        """The model of `state` after round `number` as a complete instruction: what a client that joins now would get."""
+    def encoded(self, state: State, number: int) -> Iterator[bytes]:
+        """Piece by piece: the model after round `number` as a complete instruction, which a client that joins now would get."""
         model = state.published(self.config.coefficient_bits)
         complete = wire.Instruction(
             round=number + 1,
@@ -109,7 +109,7 @@ class Rules:
             draw_weights=self.algorithm.draw_weights(state),
             counts=self.counts(state).astype(np.uint16),
         )
-        return wire.encode_instruction(complete, self.config.coefficient_bits)
+        return wire.instruction_packed(complete, self.config.coefficient_bits)
 
     def closed(self, state: State, known: int = 0) -> list[bytes]:
         """The finished pools of a state, encoded, without the first `known`."""

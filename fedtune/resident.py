@@ -26,6 +26,7 @@ from fedtune.evaluation import response_loss, response_losses
 from fedtune.layout import Layout
 from fedtune.models import LanguageModel, load_model, resolve_model
 from fedtune.replica import Replica
+from fedtune.scratch import trim
 from fedtune.seeds import Stream, stream_key
 from fedtune.stamps import folder_stamp, source_digest
 
@@ -102,7 +103,9 @@ class Resident:
     @cached_property
     def data(self) -> FederatedData:
         self._seen["data"] = self._data_stamp()
-        return load_federated(self._data_settings, self.language_model.tokenizer)
+        found = load_federated(self._data_settings, self.language_model.tokenizer)
+        trim()  # rows, texts and lists of tokens were several times as large
+        return found
 
     def own_file(self, path: str) -> tuple[Encoded, ...]:
         """The usable samples of a client's own file, as it is now. Raises DataError as `load_local` does."""

@@ -24,7 +24,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,6 +37,7 @@ from fedtune.bounded import BadJsonError, parse_json
 from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, RunFolderError
 from fedtune.foreign import for_json
+from fedtune.pieces import Buffer
 from fedtune.private import make_folder, opener
 from fedtune.regular import ANY, open_regular, own_descriptor, read_regular
 
@@ -108,7 +109,11 @@ class RunFolder:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write `data` as `name`, atomically: a reader sees the old file or the new one, also after a power cut."""
-        replace_file(self._file(name), data)
+        self.write_parts(name, [data])
+
+    def write_parts(self, name: str, parts: Iterable[Buffer]) -> None:
+        """`write_bytes` of parts that follow each other."""
+        replace_with(self._file(name), parts)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append `row` to metrics.jsonl, flushed to the disk; a number that is not finite is written as null."""
@@ -212,7 +217,12 @@ class RunFolder:
 
 
 def replace_file(target: Path, data: bytes) -> None:
-    """Write `data` at `target`, atomically: a reader sees the old file or the new one, also after a power cut.
+    """Write `data` at `target`, atomically (`replace_with`)."""
+    replace_with(target, [data])
+
+
+def replace_with(target: Path, parts: Iterable[Buffer]) -> None:
+    """Write `parts` at `target`, atomically: a reader sees the old file or the new one, also after a power cut.
 
     In a folder of its owner alone the file is so too (`fedtune.private`).
 
@@ -224,7 +234,8 @@ def replace_file(target: Path, data: bytes) -> None:
         try:
             temporary.unlink(missing_ok=True)  # whatever it is, and wherever a link leads
             with open(temporary, "xb", opener=opener) as file:
-                file.write(data)
+                for part in parts:
+                    file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)

@@ -6,9 +6,13 @@ process ends. It is mapped: its pages are the system's, which takes them back wh
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import sys
 import tempfile
+from collections.abc import Callable
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +35,21 @@ def room(shape: tuple[int, ...], kind: npt.DTypeLike) -> npt.NDArray[Any]:
     with nameless_file(size) as file:
         memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_WRITE)
     return np.frombuffer(memory, dtype=kind).reshape(shape)
+
+
+def trim() -> None:
+    """Have the C library give freed memory back to the system, as glibc does of itself only at the end of its heap."""
+    release = _c_library()
+    if release is not None:
+        release(0)
+
+
+@cache
+def _c_library() -> Callable[[int], int] | None:
+    """glibc's malloc_trim; None where there is another C library."""
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def nameless_file(size: int) -> BinaryIO:

@@ -101,7 +101,7 @@ class Record:
 
     def publish(self, number: int, state: State) -> None:
         """Write coefficients.bin: the model after the committed round `number`."""
-        self.folder.write_bytes(COEFFICIENTS, self.rules.encoded(state, number))
+        self.folder.write_parts(COEFFICIENTS, self.rules.encoded(state, number))
 
     def evaluated(self, number: int, state: State, loss: Evaluation, text: Generation | None, phases: Phases) -> None:
         """Write what was measured after round `number`: texts and best model first, so that they are never missing."""
@@ -117,7 +117,7 @@ class Record:
             "cpu_seconds": _rounded(phases.cpu),
         }
         if all(loss.loss < number_of(other["eval_loss"]) for other in self.rows if other["round"] != number):
-            self.folder.write_bytes(BEST, self.rules.encoded(state, number))
+            self.folder.write_parts(BEST, self.rules.encoded(state, number))
         if text:
             self.folder.write_json(f"generated_round_{number}.json", asdict(text))
         self.ledger.commit_event("evaluation", detail, self.elapsed)
@@ -173,7 +173,7 @@ class Record:
         with contextlib.suppress(RunFolderError):
             stored = self.folder.read_bytes(BEST)
         if stored[_DIGEST_AT] != self.ledger.round(best).state:
-            self.folder.write_bytes(BEST, self.rules.encoded(state_after(self.ledger, self.rules, best), best))
+            self.folder.write_parts(BEST, self.rules.encoded(state_after(self.ledger, self.rules, best), best))
 
     # ------------------------------------------------------------------ the end
 

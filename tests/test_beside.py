@@ -134,10 +134,10 @@ def test_arrays_are_those_of_safetensors() -> None:
 def test_bytes_that_are_no_arrays_are_refused() -> None:
     whole = joined(arrays.written({"a": np.zeros((2, 3)), "b": np.zeros((1, 1), dtype=np.float32)}))
     for data in (b"", whole[:7], whole[:-1], whole + b"\x00", b"\xff" * 8 + whole[8:], whole.replace(b"F64", b"I64")):
-        with pytest.raises(ValueError, match="its head|it ends|it goes on"):
+        with pytest.raises(ValueError, match=r"its head|it ends|it goes on"):
             arrays.read(data)
     for old, new in (([2, 3], [3, 2.0]), ([2, 3], [-2, -3]), ([0, 48], [0, 49]), ([0, 48], [8, 56])):
-        with pytest.raises(ValueError, match="shape|follow"):
+        with pytest.raises(ValueError, match=r"shape|follow"):
             arrays.read(whole.replace(str(old).replace(" ", "").encode(), str(new).replace(" ", "").encode()))
 
 

@@ -72,11 +72,12 @@ def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, la
     counted = {client: rate * share for client, share in shares(updates, config).items()}
     values = room(state.values.shape, state.values.dtype)
     with np.errstate(over="ignore"):  # what does not fit float32 is infinite, and refused where it is published
-        for where, (before, *changes) in together([state.values[0], *(updates[client].scalars for client in counted)]):
+        changes = [updates[client].scalars for client in counted]
+        for _, (after, before, *parts) in together([values[0], state.values[0], *changes]):
             moved = before.astype(np.float64)
-            for weight, change in zip(counted.values(), changes, strict=True):
+            for weight, change in zip(counted.values(), parts, strict=True):
                 moved += weight * change.astype(np.float64)
-            values[0, where] = moved
+            after[:] = moved
     return replace(state, round=state.round + 1, values=values)
 
 
