@@ -1,10 +1,17 @@
-"""What a run will need, before it starts: memory, bytes and time, from the loaded model and two local steps on real data."""
+"""What a run will need, before it starts: memory, bytes and time, from the loaded model and a few pieces of the work itself.
+
+Time is linear in the tokens of a batch, so two batches, a short and a long one, are timed, and what lies between them is
+summed over the batches that the run will see. Memory is the peak while the largest batch is worked on.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice, repeat
+from typing import Any
 
 import torch
 
@@ -12,11 +19,15 @@ from fedtune.algorithms import State
 from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch, collate
-from fedtune.evaluation import evaluate
+from fedtune.data.encode import Encoded
+from fedtune.evaluation import evaluate, greedy_texts, prompt_batches
 from fedtune.needs import Needs, first_instruction, full_pool, needs
+from fedtune.peaks import memory_now, peak_of
 from fedtune.resident import Resident
 
 TIMED_STEPS = 2
+TIMED_TOKENS = 4  # that are generated, besides the first
+SEEN_CLIENTS, SEEN_BATCHES = 32, 16  # clients and batches of each whose lengths stand for those of the run
 
 
 @dataclass(frozen=True)
@@ -25,20 +36,32 @@ class Estimate(Needs):
 
     Attributes:
         step_seconds: one local step; client_seconds: what a client needs in a round besides its steps (rebuild, projection).
-        evaluation_seconds: one evaluation; evaluations: how many the run has (generation is not included).
+        evaluation_seconds: one evaluation; evaluations: how many the run has.
+        generation_seconds: the texts of the held-out prompts, at most; generations: how often they are written.
+        loaded: bytes of the process (on CUDA: of the device) with model and data and nothing else.
+        peaks: the same while the longest batch of each kind of work is in hand, by kind.
     """
 
     step_seconds: float
     client_seconds: float
     evaluation_seconds: float
     evaluations: int
+    generation_seconds: float
+    generations: int
     local_steps: int
+    loaded: int
+    peaks: dict[str, int]
 
     @property
     def seconds(self) -> float:
         """The whole run with clients one after another, without loading."""
         clients = self.client_rounds * (self.local_steps * self.step_seconds + self.client_seconds)
-        return clients + self.evaluations * self.evaluation_seconds
+        return clients + self.evaluations * self.evaluation_seconds + self.generations * self.generation_seconds
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the process (on CUDA: of the device) at most, server and one client in one."""
+        return max(self.peaks.values())
 
 
 def estimate_run(config: RunConfig) -> Estimate:
@@ -48,20 +71,33 @@ def estimate_run(config: RunConfig) -> Estimate:
         FedtuneError: model or data cannot be used.
     """
     here = Resident(config)
-    replica = here.replica
+    replica, device = here.replica, here.language_model.device
+    here.load()
+    loaded = memory_now(device)
     state = here.algorithm.start(config, replica.layout)
-    step, client = _time_client(here, config)
-    rebuild = _time_rebuild(here, state)
-    evaluation, evaluations = _time_evaluation(here, config.eval_batch_size), _evaluations(config)
     longest = _longest_batch(here, config.batch_size)
-    besides_time = needs(config, replica.model, replica.layout, replica.perturbation, longest)
+    rebuild = _time_rebuild(here, state)
+    step, client = _time_client(here, config)
+    besides = needs(config, replica.model, replica.layout, replica.perturbation, longest)
+    peaks = {
+        "training": _peak_of_training(here, config, longest, besides),
+        "evaluation": _peak_of_evaluation(here, config),
+        "messages": loaded + besides.down + besides.up,
+    }
+    generated = len(_prompts(here, config))
+    if generated:
+        peaks["generation"] = _peak_of_generation(here, config)
     return Estimate(
-        **vars(besides_time),
+        **vars(besides),
         step_seconds=step,
         client_seconds=client + rebuild,
-        evaluation_seconds=evaluation + rebuild,
-        evaluations=evaluations,
+        evaluation_seconds=_time_evaluation(here, config.eval_batch_size) + rebuild,
+        evaluations=_evaluations(config),
+        generation_seconds=_time_generation(here, config) if generated else 0.0,
+        generations=2 if generated else 0,
         local_steps=config.client_steps,
+        loaded=loaded,
+        peaks=peaks,
     )
 
 
@@ -74,26 +110,66 @@ def _longest_batch(here: Resident, size: int) -> Batch:
 # ---------------------------------------------------------------------------------------------------- time
 
 
+@dataclass(frozen=True)
+class Line:
+    """Seconds as a line through two points, at least 0: (tokens, seconds) of a short and of a long piece of work."""
+
+    short: tuple[int, float]
+    long: tuple[int, float]
+
+    def at(self, tokens: float) -> float:
+        """Seconds for so many tokens; through the origin if both points have as many."""
+        (a, at_a), (b, at_b) = self.short, self.long
+        if a == b:
+            return at_b * tokens / b
+        return max(0.0, at_a + (at_b - at_a) * (tokens - a) / (b - a))
+
+
 def _time_client(here: Resident, config: RunConfig) -> tuple[float, float]:
-    """(seconds per local step, seconds of a client's round besides its steps), from real local updates on client 0."""
-    _local_update(here, config, 1)  # kernels compile, caches warm up
-    one = _seconds(here, lambda: _local_update(here, config, 1))
-    more = _seconds(here, lambda: _local_update(here, config, 1 + TIMED_STEPS))
+    """(seconds per local step, seconds of a client's round besides its steps), from real local updates."""
+    seen = sorted(_batches_of_clients(here, config), key=_tokens)
+    short, long = seen[len(seen) // 4], seen[len(seen) * 9 // 10]
+    _local_update(here, config, 1, long)  # kernels compile, caches warm up
     times = config.client_steps // config.local_steps  # of `central`, whose steps those are of several clients
-    step = max(0.0, more - one) / TIMED_STEPS / times
-    return step, max(0.0, one - step)
+    timed: list[tuple[int, float]] = []
+    rest = 0.0
+    for batch in (short, long):
+        one = _seconds(here, partial(_local_update, here, config, 1, batch))
+        more = _seconds(here, partial(_local_update, here, config, 1 + TIMED_STEPS, batch))
+        step = max(0.0, more - one) / TIMED_STEPS
+        timed.append((_tokens(batch), step / times))
+        rest = max(0.0, one - step)
+    line = Line(*timed)
+    return sum(line.at(_tokens(batch)) for batch in seen) / len(seen), rest
 
 
-def _local_update(here: Resident, asked: RunConfig, steps: int) -> None:
-    """`steps` local steps of client 0 from the base model; the live weights are written and not put back."""
+def _tokens(batch: Batch) -> int:
+    return batch.input_ids.numel()
+
+
+def _batches_of_clients(here: Resident, config: RunConfig) -> list[Batch]:
+    """The first batches that clients would see in a round."""
+    found: list[Batch] = []
+    for number in range(0, len(here.data.clients), -(-len(here.data.clients) // SEEN_CLIENTS)):
+        samples = here.algorithm.samples(here.data.clients, number)
+        found += islice(here.batches(config, str(number), samples, 1), SEEN_BATCHES)
+    return found
+
+
+def _local_update(here: Resident, asked: RunConfig, steps: int, batch: Batch) -> None:
+    """`steps` local steps on a batch, from the base model; the live weights are written and not put back."""
     config = asked.replace(local_steps=steps)
     state = here.algorithm.start(config, here.replica.layout)
     model = state.published(config.coefficient_bits)
-    work = here.work(config, "0", here.data.clients[0], 1, model)
+    work = replace(here.work(config, "0", here.data.clients[0], 1, model), batches=_endless(batch))
     instruction = first_instruction(
         asked, here.algorithm, here.replica.layout, state, model.pools[-1], here.replica.fingerprint
     )
     here.algorithm.local_update(work, config, instruction)
+
+
+def _endless(batch: Batch) -> Iterator[Batch]:
+    return repeat(batch)
 
 
 def _time_rebuild(here: Resident, state: State) -> float:
@@ -113,14 +189,41 @@ def _time_rebuild(here: Resident, state: State) -> float:
 
 
 def _time_evaluation(here: Resident, size: int) -> float:
-    """Seconds for the held-out set: one batch of each of three lengths is timed, and stands for a third of the batches."""
-    heldout = here.data.heldout
-    batches = -(-len(heldout) // size)
-    ordered = sorted(heldout, key=lambda sample: len(sample.input_ids))
-    starts = sorted({min(len(ordered) - 1, int(len(ordered) * part)) for part in (0.0, 0.5, 0.9)})
-    timed = [ordered[start : start + size] for start in starts]
-    seconds = _seconds(here, lambda: [evaluate(here.language_model, samples, size) for samples in timed])
-    return seconds / len(timed) * batches
+    """Seconds for the held-out set, from a short batch and the longest one."""
+    batches = _heldout_batches(here, size)
+    timed = []
+    for batch in (batches[len(batches) // 4], batches[-1]):
+        seconds = _seconds(here, partial(evaluate, here.language_model, batch, size))
+        timed.append((_padded(batch), seconds))
+    line = Line(*timed)
+    return sum(line.at(_padded(batch)) for batch in batches)
+
+
+def _heldout_batches(here: Resident, size: int) -> list[list[Encoded]]:
+    """As `evaluate` makes them: by length, the longest last."""
+    ordered = sorted(here.data.heldout, key=lambda sample: len(sample.input_ids))
+    return [list(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+
+
+def _padded(samples: Sequence[Encoded]) -> int:
+    return len(samples) * max(len(sample.input_ids) for sample in samples)
+
+
+def _time_generation(here: Resident, config: RunConfig) -> float:
+    """Seconds for all texts if every one is as long as it may be: the first token of a prompt, then token by token."""
+    lm, prompts = here.language_model, _prompts(here, config)
+    batches = prompt_batches(prompts, config.max_new_tokens, config.eval_batch_size, lm)
+    middle = [prompts[index] for index in batches[len(batches) // 2]]
+    few = min(config.max_new_tokens, 1 + TIMED_TOKENS)
+    first = _seconds(here, lambda: greedy_texts(lm, middle, 1, config.eval_batch_size, ends=False))
+    more = _seconds(here, lambda: greedy_texts(lm, middle, few, config.eval_batch_size, ends=False))
+    each = max(0.0, more - first) / max(1, few - 1)
+    return len(batches) * (first + each * (config.max_new_tokens - 1))
+
+
+def _prompts(here: Resident, config: RunConfig) -> list[Sequence[int]]:
+    """Of the held-out samples whose answers a run writes."""
+    return [sample.input_ids[: sample.prompt_length] for sample in here.data.heldout[: config.generate_samples]]
 
 
 def _evaluations(config: RunConfig) -> int:
@@ -142,3 +245,41 @@ def _seconds(here: Resident, work: Callable[[], object]) -> float:
 def _synchronise(here: Resident) -> None:
     if here.language_model.device.type == "cuda":
         torch.cuda.synchronize(here.language_model.device)
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def _peak_of_training(here: Resident, config: RunConfig, longest: Batch, besides: Needs) -> int:
+    """Bytes while a client works on the longest batch, with the instruction that it was sent."""
+    steps = 2 if config.client_steps > 1 else 1  # the state of an optimiser is there from the second on
+    peak = peak_of(lambda: _local_update(here, config, steps, longest), here.language_model.device)
+    return peak + (besides.down if here.language_model.device.type == "cpu" else 0)
+
+
+def _peak_of_evaluation(here: Resident, config: RunConfig) -> int:
+    batch = _heldout_batches(here, config.eval_batch_size)[-1]
+    return peak_of(lambda: evaluate(here.language_model, batch, config.eval_batch_size), here.language_model.device)
+
+
+def _peak_of_generation(here: Resident, config: RunConfig) -> int:
+    """Bytes while the longest prompts are answered, with what the model keeps of the tokens still to come."""
+    lm, prompts = here.language_model, _prompts(here, config)
+    batches = prompt_batches(prompts, config.max_new_tokens, config.eval_batch_size, lm)
+    largest = max(batches, key=lambda batch: len(batch) * max(len(prompts[index]) for index in batch))
+    chosen = [prompts[index] for index in largest]
+    few = min(config.max_new_tokens, 2)
+    peak = peak_of(lambda: greedy_texts(lm, chosen, few, config.eval_batch_size, ends=False), lm.device)
+    return peak + len(chosen) * (config.max_new_tokens - few) * _kept_of_a_token(lm.model)
+
+
+def _kept_of_a_token(model: Any) -> int:
+    """Bytes of the keys and values of one token; 0 of a model that does not say how many it has."""
+    config: Any = model.config.get_text_config()
+
+    def number(name: str) -> int:
+        return int(getattr(config, name, None) or 0)
+
+    heads = number("num_key_value_heads") or number("num_attention_heads")
+    size = number("head_dim") or number("hidden_size") // max(1, number("num_attention_heads"))
+    return 2 * number("num_hidden_layers") * heads * size * int(next(model.parameters()).element_size())

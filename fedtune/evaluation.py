@@ -48,6 +48,10 @@ def response_losses(model: torch.nn.Module, batch: Batch, copies: int) -> torch.
     return torch.stack([cross_entropy(part.flatten(0, 1).float(), batch.targets, ignore_index=IGNORED) for part in each])
 
 
+BATCH_TOKENS = 1 << 14
+"""Tokens of the prompts and texts of one batch: 16 of 1,024, or more of shorter ones."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The loss on held-out responses, in nats per token.
@@ -172,36 +176,52 @@ def generate(lm: LanguageModel, heldout: Sequence[Encoded], samples: Sequence[Sa
     )
 
 
-def greedy_texts(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> tuple[str, ...]:
+def greedy_texts(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, *, ends: bool = True
+) -> tuple[str, ...]:
     """The most likely continuation of each prompt, token by token, up to the end-of-text token (not part of the text).
 
     Prompts of similar length share a batch, padded on the left. A prompt too long for `max_new_tokens` more positions
     of the model gets a batch of its own and as many tokens as fit, so batches do not shorten each other's responses.
+
+    Args:
+        ends: the end-of-text token ends a text; else each has `max_new_tokens`, which takes the longest time that it can.
     """
     positions = position_limit(lm.model.config) or sys.maxsize
     texts = [""] * len(prompts)
     done = 0
-    for chosen in _prompt_batches(prompts, positions - max_new_tokens, batch_size):
+    for chosen in prompt_batches(prompts, max_new_tokens, batch_size, lm):
         check_stop()
         new_tokens = min(max_new_tokens, positions - max(len(prompts[index]) for index in chosen))
-        for index, text in zip(chosen, _continue([prompts[index] for index in chosen], new_tokens, lm), strict=True):
+        for index, text in zip(chosen, _continue([prompts[index] for index in chosen], new_tokens, lm, ends), strict=True):
             texts[index] = text
         done += len(chosen)
         emit(EvaluationStep("generate", done, len(prompts)))
     return tuple(texts)
 
 
-def _prompt_batches(prompts: Sequence[Sequence[int]], longest: int, batch_size: int) -> list[list[int]]:
-    """Indices of `prompts` by length in batches; those longer than `longest` alone."""
+def prompt_batches(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, lm: LanguageModel
+) -> list[list[int]]:
+    """Indices of `prompts` by length in batches that have room for the tokens to come; a prompt without that room is alone.
+
+    A batch has at most `batch_size` prompts and BATCH_TOKENS tokens in the end, since the model keeps something of each.
+    """
+    longest = (position_limit(lm.model.config) or sys.maxsize) - max_new_tokens
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     short = [index for index in order if len(prompts[index]) <= longest]
-    return [short[start : start + batch_size] for start in range(0, len(short), batch_size)] + [
-        [index] for index in order[len(short) :]
-    ]
+    batches: list[list[int]] = []
+    for index in short:
+        tokens = len(prompts[index]) + max_new_tokens
+        full = not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * tokens > BATCH_TOKENS
+        if full:
+            batches.append([])
+        batches[-1].append(index)
+    return batches + [[index] for index in order[len(short) :]]
 
 
 @torch.no_grad()
-def _continue(prompts: Sequence[Sequence[int]], new_tokens: int, lm: LanguageModel) -> list[str]:
+def _continue(prompts: Sequence[Sequence[int]], new_tokens: int, lm: LanguageModel, may_end: bool) -> list[str]:
     """The decoded greedy continuations of one batch of prompts."""
     width = max(map(len, prompts))
     pad = lm.tokenizer.pad_token_id
@@ -213,7 +233,8 @@ def _continue(prompts: Sequence[Sequence[int]], new_tokens: int, lm: LanguageMod
     ends = _end_ids(own.eos_token_id, lm.tokenizer.eos_token_id)
     model.generation_config = settings()  # the model's own may sample or penalise repetition
     try:
-        greedy = settings(do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad, eos_token_id=ends, use_cache=True)
+        end_ids = ends if may_end else None
+        greedy = settings(do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad, eos_token_id=end_ids, use_cache=True)
         responses = model.generate(ids, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
     finally:
         model.generation_config = own

@@ -67,6 +67,7 @@ class Needs:
     Attributes:
         up: one client's update; down: one instruction with one pool, of which every coefficient is in use (the most).
         client_rounds: updates in the whole run; fedavg: bytes if each of them sent all weights in float32, both ways.
+        state: bytes of the server's coefficients.
         pools_down: pools sent in the whole run if no client that is asked has seen an earlier one (the most).
     """
 
@@ -77,11 +78,17 @@ class Needs:
     client_rounds: int
     pools_down: int
     fedavg: int
+    state: int
 
     @property
     def payload(self) -> int:
         """Most payload bytes of the run."""
         return self.up * self.client_rounds + self.down * self.pools_down
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the run folder: every update, two states, and the last and the best model as files."""
+        return self.up * self.client_rounds + 2 * self.state + 2 * self.down
 
 
 def needs(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbation: Perturbation, longest: Batch) -> Needs:
@@ -96,6 +103,7 @@ def needs(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbatio
         client_rounds=client_rounds,
         pools_down=config.invited_per_round * sum(1 + pool_number(config, round) for round in range(1, config.rounds + 1)),
         fedavg=2 * FLOAT32 * base_size(model) * client_rounds,
+        state=layout.blocks * algorithm.pool_size(config, layout) * algorithm.value_type(config).itemsize,
     )
 
 

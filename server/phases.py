@@ -1,9 +1,7 @@
-"""How long the phases of a round take, and how much memory the process has needed."""
+"""How long the phases of a round take."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +22,3 @@ class Phases:
         yield
         self.wall[name] = self.wall.get(name, 0.0) + time.monotonic() - begun
         self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - worked
-
-
-def peak_memory() -> int:
-    """Bytes of memory that this process has needed at most so far, libraries included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -15,11 +15,12 @@ from fedtune.config import RunConfig
 from fedtune.errors import RunFolderError
 from fedtune.evaluation import Evaluation, Generation
 from fedtune.ledger import Round, Used
+from fedtune.peaks import peak_memory
 from fedtune.replay import snapshot_of, state_after
 from fedtune.run_folder import BEST, COEFFICIENTS, CONFIG, SUMMARY
 from fedtune.traffic import Traffic, as_lists, from_lists, merged, total
 from server.opening import Opened, elapsed_of
-from server.phases import Phases, peak_memory
+from server.phases import Phases
 from server.strategy import Tally
 
 BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison

@@ -65,8 +65,8 @@ def as_mapping(found: Needs) -> dict[str, object]:
     from fedtune.estimate import Estimate
 
     memory = {**asdict(found.memory), "zeroth_order": found.memory.zeroth_order, "first_order": found.memory.first_order}
-    derived = {"seconds": found.seconds} if isinstance(found, Estimate) else {}
-    return {**asdict(found), "memory": memory, "payload": found.payload, **derived}
+    derived = {"seconds": found.seconds, "peak": found.peak} if isinstance(found, Estimate) else {}
+    return {**asdict(found), "memory": memory, "payload": found.payload, "disk": found.disk, **derived}
 
 
 def _table(found: Needs, config: RunConfig) -> Table:
@@ -95,7 +95,20 @@ def _memory_rows(found: Needs, config: RunConfig) -> list[TableRow]:
     else:
         rows.append(("memory, scratch", in_bytes(memory.scratch), "one module's perturbed weights"))
     peak = f"a {'zeroth' if first_order else 'first'}-order client would need {in_bytes(other)}"
-    return [*rows, ("memory, peak", in_bytes(mine), peak)]
+    return [*rows, ("memory, a client's work", in_bytes(mine), peak), *_peak_rows(found)]
+
+
+def _peak_rows(found: Needs) -> list[TableRow]:
+    """What was measured of the whole process."""
+    from fedtune.estimate import Estimate
+
+    if not isinstance(found, Estimate):
+        return []
+    parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in found.peaks.items())
+    return [
+        ("memory, loaded", in_bytes(found.loaded), "libraries, model and data of this process, or of the GPU"),
+        ("memory, peak", in_bytes(found.peak), parts),
+    ]
 
 
 def _byte_rows(found: Needs, config: RunConfig) -> list[TableRow]:
@@ -110,6 +123,7 @@ def _byte_rows(found: Needs, config: RunConfig) -> list[TableRow]:
         ("down, client and round", in_bytes(found.down), down),
         ("payload, whole run", in_bytes(found.payload), f"at most; {found.client_rounds} client-rounds"),
         ("FedAvg, the same rounds", in_bytes(found.fedavg), ratio),
+        ("disk, run folder", in_bytes(found.disk), "at most; every update is kept, so that the run can be verified"),
     ]
 
 
@@ -119,9 +133,13 @@ def _time_rows(found: Needs) -> list[TableRow]:
     if not isinstance(found, Estimate):
         return [("time", "unknown", "it is measured on real weights and data: run without --meta")]
     client = found.local_steps * found.step_seconds + found.client_seconds
+    written: list[TableRow] = []
+    if found.generations:
+        written = [("time, generated texts", in_time(found.generation_seconds), f"{found.generations} times, at most")]
     return [
         ("time, local step", in_time(found.step_seconds), ""),
         ("time, client and round", in_time(client), f"{found.local_steps} steps"),
-        ("time, evaluation", in_time(found.evaluation_seconds), f"{found.evaluations} times, generation not included"),
+        ("time, evaluation", in_time(found.evaluation_seconds), f"{found.evaluations} times"),
+        *written,
         ("time, whole run", in_time(found.seconds), "clients one after another"),
     ]
