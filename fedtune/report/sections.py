@@ -43,7 +43,8 @@ def state(run: Run) -> Html:
     kind, words = STATES.get(run.doing, ("wait", "state unknown"))
     done, of = run.rounds
     error = tag("div", cut(run.error, 4 * MOST_TEXT), class_="notice", role="alert") if run.error else None
-    problems = [tag("div", cut(problem, MOST_TEXT), class_="notice") for problem in run.problems]
+    warning = [str(run.divergence)] if run.divergence else []
+    problems = [tag("div", cut(problem, MOST_TEXT), class_="notice") for problem in (*warning, *run.problems)]
     return join([tag("p", f"{words}, {done} of {of} rounds", class_=f"state {kind}".strip()), error, *problems])
 
 
