@@ -40,10 +40,13 @@ def range_lines(advice: Advice, config: RunConfig) -> list[str]:
 def _rate_lines(advice: Advice, config: RunConfig) -> list[str]:
     found, scale = advice.found, advice.scale
     low, high = found.as_good
-    noise = "no other rate was as good"
+    noise = "the noise tells it from the others"
     if low < high:
         noise = f"from {low * scale:g} to {high * scale:g} the noise tells no difference"
-    lines = [f"recommended lr: {advice.recommended:g}, where a round gains most ({noise}); this preset has lr {config.lr:g}"]
+    lines = [
+        f"recommended lr: {advice.recommended:g}, the lowest rate with nine tenths of the largest gain, that of "
+        f"{found.best.rate * scale:g} ({noise}); this preset has lr {config.lr:g}"
+    ]
     if found.harmful:
         lines.append(f"from {found.harmful * scale:g} on a round makes things worse")
     if found.at_the_end:

@@ -12,8 +12,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-ENOUGH = 2.0
-"""Standard errors that a change, or a difference of two, must have to be told from noise."""
+ENOUGH = 3.0
+"""Standard errors that a change, or a difference of two, must have to be told from noise: errors are of few rounds."""
+MOST_OF_IT = 0.9
 MOST_RATES = 14
 DECADE, NEXT = 2, 1  # steps of the search, in places of the scale
 
@@ -70,6 +71,11 @@ class Found:
     def best(self) -> Tried:
         """Where the loss fell most."""
         return min(self.tried, key=_worth)
+
+    @property
+    def careful(self) -> Tried:
+        """The lowest rate with MOST_OF_IT of the largest gain: what is best for the first round is too much for later ones."""
+        return next(one for one in self.tried if one is self.best or one.mean <= MOST_OF_IT * self.best.mean < 0.0)
 
     @property
     def as_good(self) -> tuple[float, float]:
