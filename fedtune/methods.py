@@ -41,7 +41,7 @@ FIXED: dict[str, dict[str, Scalar]] = {  # what says nothing in an algorithm is 
 RATES = {  # lr that is not set, with optimizer sgd: docs/experiments.md has what it was chosen from
     **dict.fromkeys(("fedkseed", "fedkseed-pro", "decomfl", "fedzo"), 3e-6),
     "ferret": 1e-3,
-    **dict.fromkeys(("fedavg", "local", "central"), 3e-3),
+    **dict.fromkeys(("fedavg", "local", "central"), 1e-3),
     "lora": 3e-2,
 }
 ADAMW_RATES = {"ferret": 1e-6, **dict.fromkeys(("fedavg", "local", "central"), 3e-5), "lora": 1e-3}
