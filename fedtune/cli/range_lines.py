@@ -44,7 +44,7 @@ def _rate_lines(advice: Advice, config: RunConfig) -> list[str]:
     if low < high:
         noise = f"from {low * scale:g} to {high * scale:g} the noise tells no difference"
     lines = [
-        f"recommended lr: {advice.recommended:g}, the lowest rate with nine tenths of the largest gain, that of "
+        f"recommended lr: {advice.recommended:g}, the lowest rate with 85 % of the largest gain, that of "
         f"{found.best.rate * scale:g} ({noise}); this preset has lr {config.lr:g}"
     ]
     if found.harmful:

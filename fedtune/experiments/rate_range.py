@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 ENOUGH = 3.0
 """Standard errors that a change, or a difference of two, must have to be told from noise: errors are of few rounds."""
-MOST_OF_IT = 0.9
+MOST_OF_IT = 0.85
+"""Share of the largest gain that a lower rate has to have to be recommended: what is best for one round is much for many."""
 MOST_RATES = 14
 DECADE, NEXT = 2, 1  # steps of the search, in places of the scale
 
@@ -74,7 +75,7 @@ class Found:
 
     @property
     def careful(self) -> Tried:
-        """The lowest rate with MOST_OF_IT of the largest gain: what is best for the first round is too much for later ones."""
+        """The lowest rate with MOST_OF_IT of the largest gain; the best where nothing gains."""
         return next(one for one in self.tried if one is self.best or one.mean <= MOST_OF_IT * self.best.mean < 0.0)
 
     @property

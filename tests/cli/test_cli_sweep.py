@@ -11,6 +11,7 @@ import pytest
 from playback import Outcome, last_json
 
 from fedtune.cli import sweep as sweep_module
+from fedtune.cli import watch
 from fedtune.experiments.sweep import Plan, Result
 
 
@@ -91,8 +92,14 @@ def test_a_schedule_over_the_rounds_runs_without_early_stop(
 
 @pytest.mark.parametrize("algorithm", ["ferret", "fedavg"])
 def test_a_tiny_model_has_a_range_test(
-    fedtune: Callable[..., Outcome], tiny_folder: Path, instructions: Path, preset: Path, algorithm: str
+    fedtune: Callable[..., Outcome],
+    tiny_folder: Path,
+    instructions: Path,
+    preset: Path,
+    algorithm: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(watch, "SIGN_OF_LIFE", 0.0)
     small = f"algorithm={algorithm} clients=2 min_samples=2 max_length=64 template=plain threads=1 device=cpu local_steps=2"
     words = (*small.split(), f"model={tiny_folder}", f"data={instructions}", "lr=1e-2")
     settings = [word for text in words for word in ("--set", text)]
@@ -107,6 +114,7 @@ def test_a_tiny_model_has_a_range_test(
     assert re.search(r"range test: at each rate 2 rounds from the base model, each of (1 client|2 clients) x 2 st", outcome.err)
     assert ("recommended lr: " in outcome.err) == (found["recommended"] is not None)
     assert "the held-out set, which was not read" in outcome.err
+    assert ", local step 2 of 2" in outcome.err, "a long measurement gives signs of life"
     assert not list(Path().glob("runs*"))
 
 
