@@ -39,7 +39,7 @@ FIXED: dict[str, dict[str, Scalar]] = {  # what says nothing in an algorithm is 
 }
 
 RATES = {  # lr that is not set, with optimizer sgd: docs/experiments.md has what it was chosen from
-    **dict.fromkeys(("fedkseed", "fedkseed-pro", "decomfl", "fedzo"), 3e-6),
+    **dict.fromkeys(("fedkseed", "fedkseed-pro", "decomfl", "fedzo"), 1e-5),
     "ferret": 1e-3,
     **dict.fromkeys(("fedavg", "local", "central"), 1e-3),
     "lora": 3e-2,
@@ -74,9 +74,15 @@ def _by_rate(rates: Mapping[str, float]) -> str:
     )
 
 
+def defaults_of(algorithm: str, optimizer: str) -> dict[str, Scalar]:
+    """The settings that depend on the method, as they are where they are not set."""
+    bits = {key: default_bits(key, algorithm) for key in BITS}
+    return {**bits, "lr": default_rate(algorithm, optimizer), **FIXED.get(algorithm, {})}
+
+
 def filled(values: Mapping[str, Any], usual: str) -> dict[str, Any]:
     """The settings with those filled in that depend on the algorithm, which is `usual` if they name none."""
     algorithm = str(values.get("algorithm", usual))
-    bits = {key: values.get(key) or default_bits(key, algorithm) for key in BITS}
-    rate = values.get("lr") or default_rate(algorithm, str(values.get("optimizer", "sgd")))
-    return {**values, **bits, "lr": rate, **FIXED.get(algorithm, {})}
+    own = defaults_of(algorithm, str(values.get("optimizer", "sgd")))
+    left_open = {key: value for key, value in own.items() if key in FIXED.get(algorithm, {}) or not values.get(key)}
+    return {**values, **left_open}

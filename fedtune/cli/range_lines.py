@@ -44,8 +44,8 @@ def _rate_lines(advice: Advice, config: RunConfig) -> list[str]:
     if low < high:
         noise = f"from {low * scale:g} to {high * scale:g} the noise tells no difference"
     lines = [
-        f"recommended lr: {advice.recommended:g}, the lowest rate with 85 % of the largest gain, that of "
-        f"{found.best.rate * scale:g} ({noise}); this preset has lr {config.lr:g}"
+        f"recommended lr: {advice.recommended:g} for many rounds; a single one gains most at {found.best.rate * scale:g} "
+        f"({noise}); this preset has lr {config.lr:g}"
     ]
     if found.harmful:
         lines.append(f"from {found.harmful * scale:g} on a round makes things worse")

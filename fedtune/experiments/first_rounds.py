@@ -52,7 +52,7 @@ class Size:
         return Size(*(min(pair) for pair in pairs))
 
 
-SIZES = (Size(4, 4, 100, 32), Size(4, 4, 25, 32), Size(4, 2, 20, 24), Size(3, 2, 10, 16), Size(3, 1, 10, 16), Size(3, 1, 5, 16))
+SIZES = (Size(4, 4, 100, 32), Size(4, 4, 25, 32), Size(4, 2, 20, 24), Size(4, 1, 20, 16), Size(4, 1, 8, 12), Size(4, 1, 5, 8))
 """The first that is within MOST_WORK is used, the last in any case."""
 
 

@@ -12,10 +12,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-ENOUGH = 3.0
+ENOUGH = 2.0
 """Standard errors that a change, or a difference of two, must have to be told from noise: errors are of few rounds."""
 MOST_OF_IT = 0.85
 """Share of the largest gain that a lower rate has to have to be recommended: what is best for one round is much for many."""
+MARGIN = 2  # places: a tenth of a rate that harms one round, since that next to it harms several
 MOST_RATES = 14
 DECADE, NEXT = 2, 1  # steps of the search, in places of the scale
 
@@ -75,8 +76,14 @@ class Found:
 
     @property
     def careful(self) -> Tried:
-        """The lowest rate with MOST_OF_IT of the largest gain; the best where nothing gains."""
-        return next(one for one in self.tried if one is self.best or one.mean <= MOST_OF_IT * self.best.mean < 0.0)
+        """The rate to run with: of those MARGIN places below the harmful ones the lowest with MOST_OF_IT of their largest gain.
+
+        The best where none of them gains.
+        """
+        limit = place_of(self.harmful) - MARGIN if self.harmful else math.inf
+        safe = [one for one in self.tried if place_of(one.rate) <= limit and one.mean < 0.0] or [self.best]
+        most = min(safe, key=_worth)
+        return next(one for one in safe if one is most or one.mean <= MOST_OF_IT * most.mean)
 
     @property
     def as_good(self) -> tuple[float, float]:
@@ -127,7 +134,7 @@ def search(at: Callable[[float], Tried], start: float) -> Found:
     best = place_of(start)
     for stride in (DECADE, NEXT):
         gain(best)
-        while gain(best + stride) < gain(best) or (stride == DECADE and not tried[best].seen):
+        while not tried[best].diverged and (gain(best + stride) < gain(best) or (stride == DECADE and not tried[best].seen)):
             best += stride
             if best not in tried:
                 break

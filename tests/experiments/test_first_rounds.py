@@ -144,7 +144,7 @@ def test_a_large_model_is_measured_with_less(settings: Settings, monkeypatch: py
     assert (whole.clients, whole.steps) == (2, 12)
     tokens = [len(sample.input_ids) for samples in here.data.clients for sample in samples]
     step = sum(weight.numel() for weight in here.replica.weights) * sum(tokens) / len(tokens)
-    for steps, expected in ((96.1, Size(4, 2, 12, 32)), (95.9, Size(3, 2, 10, 16)), (0.0, Size(3, 1, 5, 16))):
+    for steps, expected in ((96.1, Size(4, 2, 12, 32)), (95.9, Size(4, 1, 12, 16)), (0.0, Size(4, 1, 5, 8))):
         monkeypatch.setattr(first_rounds, "MOST_WORK", steps * step)
         assert first_rounds._size(here, config, whole) == expected
 
