@@ -40,11 +40,11 @@ FIXED: dict[str, dict[str, Scalar]] = {  # what says nothing in an algorithm is 
 
 RATES = {  # lr that is not set, with optimizer sgd: docs/experiments.md has what it was chosen from
     **dict.fromkeys(("fedkseed", "fedkseed-pro", "decomfl", "fedzo"), 1e-5),
-    "ferret": 1e-3,
+    "ferret": 1e-4,
     **dict.fromkeys(("fedavg", "local", "central"), 1e-3),
     "lora": 3e-2,
 }
-ADAMW_RATES = {"ferret": 1e-6, **dict.fromkeys(("fedavg", "local", "central"), 3e-5), "lora": 1e-3}
+ADAMW_RATES = {"ferret": 1e-7, **dict.fromkeys(("fedavg", "local", "central"), 1e-5), "lora": 1e-3}
 MOMENTUM_PART = 0.1  # of sgd's rate: with local_momentum 0.9 a gradient moves the weights ten times as far in the end
 
 BITS = {"coefficient_bits": 8, "scalar_bits": 16}  # of messages that are not full weights
