@@ -56,7 +56,7 @@ class RunConfig(BaseModel):
         "that a round would ask",
     )
     batch_size: int = Field(1, ge=1, le=65536, description="samples per step (micro-batch for Ferret)")
-    lr: float = Field(3e-5, gt=0, description="local learning rate (eta)")
+    lr: float = Field(0.0, ge=0, description=f"local learning rate (eta); 0: {methods.rates_in_words()}")
     sampling: Literal["uniform", "examples"] = Field(
         "uniform", description="chance of a client to be asked: equal, or in proportion to its samples"
     )

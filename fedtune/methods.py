@@ -38,6 +38,15 @@ FIXED: dict[str, dict[str, Scalar]] = {  # what says nothing in an algorithm is 
     "decomfl": {"K": 1024, "pool_every": 1},
 }
 
+RATES = {  # lr that is not set, with optimizer sgd: docs/experiments.md has what it was chosen from
+    **dict.fromkeys(("fedkseed", "fedkseed-pro", "decomfl", "fedzo"), 1e-5),
+    "ferret": 1e-4,
+    **dict.fromkeys(("fedavg", "local", "central"), 1e-3),
+    "lora": 3e-2,
+}
+ADAMW_RATES = {"ferret": 1e-7, **dict.fromkeys(("fedavg", "local", "central"), 1e-5), "lora": 1e-3}
+MOMENTUM_PART = 0.1  # of sgd's rate: with local_momentum 0.9 a gradient moves the weights ten times as far in the end
+
 BITS = {"coefficient_bits": 8, "scalar_bits": 16}  # of messages that are not full weights
 
 
@@ -46,8 +55,34 @@ def default_bits(key: str, algorithm: object) -> int:
     return 32 if algorithm in WHOLE_WEIGHTS else BITS[key]
 
 
+def default_rate(algorithm: str, optimizer: str) -> float:
+    """What `lr` is if it is not set; 0 for what is no algorithm."""
+    if optimizer == "adamw":
+        return ADAMW_RATES.get(algorithm, 0.0)
+    usual = RATES.get(algorithm, 0.0)
+    return float(f"{usual * MOMENTUM_PART:.1g}") if optimizer == "momentum" else usual
+
+
+def rates_in_words() -> str:
+    """The default rates, for a description."""
+    return f"{_by_rate(RATES)}; with optimizer momentum a tenth; with adamw {_by_rate(ADAMW_RATES)}"
+
+
+def _by_rate(rates: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{' '.join(name for name, own in rates.items() if own == rate)} {rate:g}" for rate in dict.fromkeys(rates.values())
+    )
+
+
+def defaults_of(algorithm: str, optimizer: str) -> dict[str, Scalar]:
+    """The settings that depend on the method, as they are where they are not set."""
+    bits = {key: default_bits(key, algorithm) for key in BITS}
+    return {**bits, "lr": default_rate(algorithm, optimizer), **FIXED.get(algorithm, {})}
+
+
 def filled(values: Mapping[str, Any], usual: str) -> dict[str, Any]:
     """The settings with those filled in that depend on the algorithm, which is `usual` if they name none."""
     algorithm = str(values.get("algorithm", usual))
-    bits = {key: values.get(key) or default_bits(key, algorithm) for key in BITS}
-    return {**values, **bits, **FIXED.get(algorithm, {})}
+    own = defaults_of(algorithm, str(values.get("optimizer", "sgd")))
+    left_open = {key: value for key, value in own.items() if key in FIXED.get(algorithm, {}) or not values.get(key)}
+    return {**values, **left_open}

@@ -64,7 +64,7 @@ class ClientFinished:
 
 @dataclass(frozen=True)
 class EvaluationStep:
-    """`done` of `total` held-out samples are evaluated (`what`: 'loss' or 'generate')."""
+    """`done` of `total` held-out samples are evaluated (`what`: 'loss' or 'generate'), or batches of 'slopes'."""
 
     what: str
     done: int

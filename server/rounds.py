@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from fedtune.control import Doing
 from fedtune.directions.choice import kernels_note
+from fedtune.divergence import first_divergence
 from fedtune.errors import DivergedError, RunError
 from fedtune.evaluation import evaluate, generate
 from fedtune.layout import base_size
@@ -97,7 +98,7 @@ class Run:
         last = self.record.last
         if self.operator.evaluate_now and not self.record.has_evaluation(last):
             self._evaluate(last)
-            self.record.add_row(last)
+            self._add_row(last)
         self.operator.evaluate_now = False
 
     # ------------------------------------------------------------------ before the first round
@@ -201,7 +202,16 @@ class Run:
         self.record.publish(number, self.strategy.state)
         if self._due(number):
             self._evaluate(number)
-        emit(RoundFinished(number, self.record.add_row(number)))
+        emit(RoundFinished(number, self._add_row(number)))
+
+    def _add_row(self, number: int) -> dict[str, object]:
+        """Write the line of metrics of round `number`, and warn if it is the first that shows a run that diverges."""
+        before = first_divergence(self.record.rows)
+        row = self.record.add_row(number)
+        found = first_divergence(self.record.rows)
+        if found and not before:
+            emit(Note(str(found), warning=True))
+        return row
 
     def _due(self, number: int) -> bool:
         every = self.config.eval_every
@@ -217,8 +227,6 @@ class Run:
             loss = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
         if number == 0:
             loss.check_base(here.language_model.source, config.dtype)
-        if not loss.finite:
-            emit(Note(f"The held-out loss after round {number} is not finite: lower lr or server_lr.", warning=True))
         text = None
         if config.generate_samples and number in (0, config.rounds):
             with self._phases.measure("generate"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
+from fedtune.methods import ADAMW_RATES, RATES
 from fedtune.source_names import expand
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +72,24 @@ def test_what_depends_on_the_algorithm_is_filled_in() -> None:
     assert (full.coefficient_bits, full.scalar_bits, full.K, full.pool_every) == (32, 32, 1024, 0)
     assert RunConfig(algorithm="decomfl").pool_every == 1
     assert RunConfig(algorithm="fedzo", family="lowrank", rank=2).rank == 2
+
+
+@pytest.mark.parametrize("algorithm", get_args(RunConfig.model_fields["algorithm"].annotation))
+def test_a_rate_that_is_not_given_is_that_of_the_method_and_its_optimizer(algorithm: str) -> None:
+    own = RunConfig(algorithm=algorithm)
+    assert own.lr == RunConfig(algorithm=algorithm, lr=0.0).lr == RATES[algorithm] > 0.0
+    assert own.as_mapping()["lr"] == RATES[algorithm], "what is recorded is what is used"
+    assert f"{RATES[algorithm]:g}" in str(RunConfig.model_fields["lr"].description)
+    assert RunConfig(algorithm=algorithm, lr=0.5).lr == 0.5
+    assert RunConfig(algorithm=algorithm, lr=0.5).replace(seed=1).lr == 0.5
+    if own.first_order:
+        assert own.replace(optimizer="momentum").lr == pytest.approx(RATES[algorithm] / 10)
+        assert own.replace(optimizer="adamw").lr == ADAMW_RATES[algorithm]
+
+
+def test_a_rate_that_was_not_given_follows_the_method() -> None:
+    assert RunConfig(algorithm="fedavg").replace(algorithm="ferret") == RunConfig(algorithm="ferret")
+    assert RunConfig(algorithm="fedavg", lr=0.25).replace(algorithm="ferret").lr == 0.25
 
 
 def test_the_bounds_ask_one_client_and_central_does_the_steps_of_all() -> None:

@@ -92,7 +92,7 @@ def compare(
     if against and not shared:
         there = ", ".join(dict.fromkeys(row.label for row in before))
         raise ConfigError(f"'{against}' has no run of these arms and seeds to hold results against; its arms: {there}.")
-    if experiment.one_rate_for_all(chosen):
+    if experiment.one_rate_for_all(chosen, {**comparison.common, **overrides}):
         screen.say(ONE_RATE)
     cells = [cell for one in planned for cell in one.cells]
     screen.say(f"{len(chosen)} arms x {seeds} seeds: {len(cells)} runs, in {folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from fedtune.cli.numbers import in_bytes, in_loss, in_time
 from fedtune.cli.rows import real
 from fedtune.cli.screen import Screen, print_json
 from fedtune.control import Command, Order, said, send, waiting
+from fedtune.divergence import first_divergence
 from fedtune.errors import ControlError
 from fedtune.ledger import Ledger
 from fedtune.resume import settings_of
@@ -91,6 +93,7 @@ def _status(folder: RunFolder) -> dict[str, Any]:
     """Everything that the ledger and status.json know about now."""
     with Ledger.open(folder.path) as ledger, ledger.at_one_moment():
         row, used, events = ledger.round(ledger.last), ledger.header.used, list(ledger.events())
+        trained = [(one.number, one.train_loss) for one in ledger.rounds()]
     evaluations = [event.detail for event in events if event.kind == "evaluation"]
     changed = {key: value for event in events if event.kind == "resume" for key, value in event.detail["settings"].items()}
     now = said(folder)
@@ -110,6 +113,7 @@ def _status(folder: RunFolder) -> dict[str, Any]:
         "first_loss": real(evaluations[0], "eval_loss") if evaluations else None,
         "last_loss": real(evaluations[-1], "eval_loss") if evaluations else None,
         "last_loss_round": evaluations[-1]["round"] if evaluations else None,
+        "warning": _warning(trained, {event["round"]: event for event in evaluations}),
         "bytes_up": row.total.payload_up,
         "bytes_down": row.total.payload_down,
         "elapsed": max([row.elapsed, *(event.elapsed for event in events)]),
@@ -117,6 +121,12 @@ def _status(folder: RunFolder) -> dict[str, Any]:
         "commands": [dict(event.detail) for event in events if event.kind == "command"],
         "waiting": sum(1 for _ in waiting(folder)),
     }
+
+
+def _warning(trained: Sequence[tuple[int, float | None]], evaluations: Mapping[int, Mapping[str, Any]]) -> str:
+    """What the run warned of, or will when its evaluation is written down; "" for nothing."""
+    rows = ({**evaluations.get(number, {}), "round": number, "train_loss": loss} for number, loss in trained)
+    return str(first_divergence(list(rows)) or "")
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -127,6 +137,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("run", f"{found['doing']}{error}"),
         ("round", f"{found['round']} of {found['rounds']} ({found['algorithm']}), digest {found['digest']}"),
         ("held-out loss", f"{first}, {last} after round {found['last_loss_round']}"),
+        *([("warning", found["warning"])] if found["warning"] else []),
         ("last round", f"clients {' '.join(found['clients']) or '-'}; refused: {refused or 'none'}"),
         ("its payload", f"{in_bytes(found['bytes_up'])} up, {in_bytes(found['bytes_down'])} down"),
         ("time", f"{in_time(found['elapsed'])}, resumed {found['resumes']} times"),

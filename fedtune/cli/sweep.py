@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,11 @@ import typer
 
 from fedtune.cli import presets
 from fedtune.cli.presets import PresetArgument, SetOption
+from fedtune.cli.range_lines import as_json as range_json
+from fedtune.cli.range_lines import range_lines, tried_line
 from fedtune.cli.screen import Screen, print_json
 from fedtune.cli.sweep_table import advice_lines, as_mapping, closing_lines, csv_of, progress_line, results_table
+from fedtune.cli.watch import saying_steps
 from fedtune.config import RunConfig
 from fedtune.experiments.grid import Axis, grid
 from fedtune.experiments.halving import rungs as rungs_of
@@ -21,6 +25,16 @@ from fedtune.methods import ZEROTH_ORDER
 from fedtune.run_folder import dated, replace_file
 
 DIRECTIONS, BATCHES = 32, 8
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: directions and batches of slopes, or rounds at each rate (0: by the size of the model)."""
+
+    directions: int
+    batches: int
+    repeats: int
+
 
 OverOption = Annotated[
     list[str],
@@ -44,14 +58,17 @@ def sweep(
     workers: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one a GPU, or one a core.")] = 0,
     rungs: Annotated[int, typer.Option(min=1, help="Stages of early stop; 1: all combinations run all rounds.")] = 3,
     keep: Annotated[float, typer.Option(help="Share of the combinations that a stage carries on.")] = 0.5,
-    measure: Annotated[bool, typer.Option("--measure", help="Only measure slopes and recommend an lr; no runs.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Only measure, and recommend an lr; no runs.")] = False,
     directions: Annotated[int, typer.Option(min=2, help="Directions along which slopes are measured.")] = DIRECTIONS,
     batches: Annotated[int, typer.Option(min=2, help="Batches measured along each direction.")] = BATCHES,
+    repeats: Annotated[
+        int, typer.Option(min=0, help="Rounds measured at each rate (first order), 2 at least; 0: by the size of the model.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Results as the last line of stdout; progress on stderr.")] = False,
 ) -> None:  # fmt: skip
     """Try several values of settings, drop the worse ones early, and say which to use.
 
-    [bold]fedtune sweep my.toml --measure[/bold]   a learning rate from measured slopes, without a run (zeroth order)
+    [bold]fedtune sweep my.toml --measure[/bold]   a learning rate from slopes, or from single rounds at several rates; no run
 
     [bold]fedtune sweep my.toml --over lr=1e-5,3e-5,1e-4 --out runs/lr[/bold]   again the same line: carries it on
 
@@ -65,13 +82,15 @@ def sweep(
     screen = Screen(stderr=as_json)
     chosen = presets.choose(preset, settings)
     axes = [_axis(text) for text in over]
+    if repeats == 1:
+        raise typer.BadParameter("--repeats takes 2 or more: one round says nothing of its noise")
     if measure:
-        _only_measure(chosen.config, axes, directions, batches, screen, as_json)
+        _only_measure(chosen.config, axes, Effort(directions, batches, repeats), screen, as_json)
         return
     _refuse_twice(axes, settings)
     plan = _plan(chosen, axes, seeds, rungs, keep, out, screen)
     if chosen.config.algorithm in ZEROTH_ORDER and any(axis.key == "lr" for axis in axes):
-        _measured(chosen.config, directions, batches, screen)
+        _measured(chosen.config, Effort(directions, batches, repeats), screen)
     results = _run(plan, workers, screen)
     command = f"fedtune simulate {shlex.quote(preset)}" + "".join(f" --set {shlex.quote(text)}" for text in settings)
     replace_file(plan.out / "sweep.csv", csv_of(plan, results))
@@ -121,24 +140,37 @@ def _run(plan: Plan, workers: int, screen: Screen) -> list[Result]:
     return run_sweep(plan, workers=workers, told=lambda progress: _say(screen, [progress_line(plan, progress)]))
 
 
-def _only_measure(config: RunConfig, axes: list[Axis], directions: int, batches: int, screen: Screen, as_json: bool) -> None:
+def _only_measure(config: RunConfig, axes: list[Axis], effort: Effort, screen: Screen, as_json: bool) -> None:
     if axes:
         raise typer.BadParameter("--measure runs nothing, so there is nothing to sweep: leave --over or --measure away")
-    found = _measured(config, directions, batches, screen)
+    found = _measured(config, effort, screen)
     if as_json:
         print_json(found)
 
 
-def _measured(config: RunConfig, directions: int, batches: int, screen: Screen) -> dict[str, object]:
+def _measured(config: RunConfig, effort: Effort, screen: Screen) -> dict[str, object]:
     """Measure, print the recommendation, and return it as JSON types."""
-    from dataclasses import asdict
+    return _slopes(config, effort, screen) if config.algorithm in ZEROTH_ORDER else _range(config, effort, screen)
 
+
+def _slopes(config: RunConfig, effort: Effort, screen: Screen) -> dict[str, object]:
     from fedtune.experiments.slopes import advise
 
-    screen.say(f"measuring slopes along {directions} directions on {batches} batches each", "dim")
-    advice = advise(config, directions, batches)
+    screen.say(f"measuring slopes along {effort.directions} directions on {effort.batches} batches each", "dim")
+    with saying_steps(screen):
+        advice = advise(config, effort.directions, effort.batches)
     _say(screen, advice_lines(advice, config))
     return {**asdict(advice), "seen": advice.rate.seen, "largest": advice.rate.largest}
+
+
+def _range(config: RunConfig, effort: Effort, screen: Screen) -> dict[str, object]:
+    from fedtune.experiments.first_rounds import advise
+
+    screen.say(f"measuring rounds at rates a factor of 3 apart, from the one next to {config.lr:g} on", "dim")
+    with saying_steps(screen):
+        advice = advise(config, effort.repeats, told=lambda one: screen.say(tried_line(one), "dim"))
+    _say(screen, range_lines(advice, config))
+    return range_json(advice)
 
 
 def _say(screen: Screen, lines: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -12,11 +13,11 @@ from types import FrameType
 from rich.live import Live
 
 from fedtune import progress
-from fedtune.cli.lines import LineLog, refusal
+from fedtune.cli.lines import SIGN_OF_LIFE, LineLog, refusal
 from fedtune.cli.live import LiveRun
 from fedtune.cli.screen import Screen
 from fedtune.cli.view import RunView
-from fedtune.progress import ClientFinished, Event, Note
+from fedtune.progress import ClientFinished, ClientStep, EvaluationStep, Event, Note
 
 REFRESH = 5  # times a second
 STOPPING = "Stopping after the step in hand; Ctrl-C again stops at once."
@@ -48,6 +49,27 @@ def saying_notes(screen: Screen) -> Iterator[None]:
     def say(event: Event) -> None:
         if isinstance(event, Note):
             screen.say(event.text, "dim")
+
+    with progress.listening(say):
+        yield
+
+
+@contextmanager
+def saying_steps(screen: Screen) -> Iterator[None]:
+    """Print a sign of life now and then inside the `with` block, for a command that takes steps outside a run."""
+    spoke = [time.monotonic()]
+
+    def say(event: Event) -> None:
+        if time.monotonic() - spoke[0] < SIGN_OF_LIFE:
+            return
+        match event:
+            case ClientStep():
+                screen.say(f"client {event.client}, local step {event.step} of {event.steps}", "dim")
+            case EvaluationStep():
+                screen.say(f"{event.what}, {event.done} of {event.total}", "dim")
+            case _:
+                return
+        spoke[0] = time.monotonic()
 
     with progress.listening(say):
         yield

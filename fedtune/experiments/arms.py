@@ -105,8 +105,10 @@ def config_of(comparison: Comparison, arm: Arm, overrides: Mapping[str, Scalar])
         raise type(error)(f"Arm '{arm.name}': {error}", **error.facts) from None
 
 
-def one_rate_for_all(arms: Sequence[Arm]) -> bool:
-    """Whether methods with and without gradients would run at one learning rate, which suits one of them at most."""
+def one_rate_for_all(arms: Sequence[Arm], shared: Mapping[str, Scalar]) -> bool:
+    """Whether methods with and without gradients would run at the one `lr` of `shared`, which suits one of them at most."""
+    if not shared.get("lr"):
+        return False  # each has the default of its own
     plain = [arm.algorithm for arm in arms if "lr" not in arm.settings]
     return any(name in FIRST_ORDER for name in plain) and any(name in ZEROTH_ORDER for name in plain)
 

@@ -16,7 +16,7 @@ from fedtune.directions.base import F64
 from fedtune.errors import SweepError
 from fedtune.experiments.rate import Rate, rate
 from fedtune.methods import ZEROTH_ORDER
-from fedtune.progress import check_stop
+from fedtune.progress import EvaluationStep, check_stop, emit
 from fedtune.resident import Resident
 from fedtune.seeds import Stream, stream_key
 
@@ -73,6 +73,7 @@ def measure(at: LossAt, *, directions: int, batches: int, eps: float, rounding: 
             check_stop()
             plus, minus = at(d, b, (eps, -eps))
             slopes[d, b] = (plus - minus) / (2.0 * eps)
+            emit(EvaluationStep("slopes", d * batches + b + 1, directions * batches))
     losses = np.array([at(d, 0, (0.0,))[0] for d in range(directions)])
     h = _distance(at, losses[:TRIED], eps, rounding)
     curvatures = np.array([_bend(at, d, float(losses[d]), h) / h**2 for d in range(directions)])
@@ -105,7 +106,7 @@ def advise(config: RunConfig, directions: int, batches: int) -> Advice:
     """
     if config.algorithm not in ZEROTH_ORDER:
         raise SweepError(
-            f"Slopes are what {', '.join(ZEROTH_ORDER)} step by; {config.algorithm} computes gradients. Sweep lr instead."
+            f"Slopes are what {', '.join(ZEROTH_ORDER)} step by; {config.algorithm} computes gradients, and has a range test."
         )
     here = Resident(config)
     found = measure(

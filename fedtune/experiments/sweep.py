@@ -13,15 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedtune.divergence import blown_up
 from fedtune.errors import DivergedError, NonFiniteError, UnchangedError
 from fedtune.experiments.cells import Cell, Finished, Outcome, ended_with, reached, run_cells
 from fedtune.experiments.grid import Combination
 from fedtune.experiments.halving import survivors
 from fedtune.ledger import Ledger
 from fedtune.ledger_file import LEDGER
-
-BLOWN_UP = 2.0
-"""A run whose held-out loss is so many times that of the base model has diverged, finite or not."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def _why(cell: Cell, loss: float, base: float, problems: Mapping[str, str]) -> s
         return problems[cell.name]
     if not math.isfinite(loss):
         return f"no finite held-out loss after {cell.settings.rounds} rounds"
-    if loss > BLOWN_UP * base:
+    if blown_up(loss, base):
         return f"diverged: held-out loss {loss:.4g} after {cell.settings.rounds} rounds, {base:.4g} before the first"
     refused = _not_finite(cell)
     return f"diverged: {refused}" if refused else ""

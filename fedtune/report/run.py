@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from fedtune.beside import size_of
 from fedtune.control import said
+from fedtune.divergence import LOSSES, Divergence, first_divergence
 from fedtune.errors import FedtuneError
 from fedtune.ledger import Ledger
 from fedtune.report.table import measured
@@ -87,6 +88,19 @@ class Run:
     def trained(self) -> list[Mapping[str, Any]]:
         """The rows without that of the base model."""
         return [row for row in self.rows if measured(row.get("round"))]
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """What the run warned of."""
+        rows = [
+            {
+                "round": int(measured(row.get("round")) or 0),
+                **{key: measured(row.get(key)) for key in LOSSES},
+                "seconds": phases(row),
+            }
+            for row in self.rows
+        ]
+        return first_divergence(rows)
 
     @property
     def rounds(self) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from fedtune.config import RunConfig
+from fedtune.methods import defaults_of
 from fedtune.numbers import in_bytes, in_loss, in_ratio, in_time
 from fedtune.report.markup import Content, Html, cut, join, tag
 from fedtune.report.run import MOST_PHASES, Client, Run, phases
@@ -43,7 +44,8 @@ def state(run: Run) -> Html:
     kind, words = STATES.get(run.doing, ("wait", "state unknown"))
     done, of = run.rounds
     error = tag("div", cut(run.error, 4 * MOST_TEXT), class_="notice", role="alert") if run.error else None
-    problems = [tag("div", cut(problem, MOST_TEXT), class_="notice") for problem in run.problems]
+    warning = [str(run.divergence)] if run.divergence else []
+    problems = [tag("div", cut(problem, MOST_TEXT), class_="notice") for problem in (*warning, *run.problems)]
     return join([tag("p", f"{words}, {done} of {of} rounds", class_=f"state {kind}".strip()), error, *problems])
 
 
@@ -203,8 +205,9 @@ def _said(name: str, text: str | None) -> Html:
 
 
 def settings(run: Run) -> Html:
-    """Every setting; those that are not fedtune's defaults stand out."""
-    defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
+    """Every setting; those that are not fedtune's defaults, of the run's method, stand out."""
+    own = defaults_of(*(str(run.used.get(key, "")) for key in ("algorithm", "optimizer")))
+    defaults = {name: field.default for name, field in RunConfig.model_fields.items()} | own
     items = [_pair(name, value, given=defaults.get(name) != value) for name, value in islice(run.used.items(), MOST_PAIRS)]
     note = tag("p", "Bold: other than fedtune's default.", class_="quiet")
     return heading("Configuration", note, tag("dl", *items, class_="settings")) if items else Html("")

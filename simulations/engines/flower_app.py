@@ -38,6 +38,11 @@ def config_lines(config: RunConfig) -> list[str]:
     return [f"{key} = {toml.written(value)}" for key, value in config.as_mapping().items()]
 
 
+def default_lines() -> list[str]:
+    """`key = value` for every setting as it is where it is not given: what depends on the algorithm is left open."""
+    return [f"{key} = {toml.written(field.default)}" for key, field in RunConfig.model_fields.items()]
+
+
 def write_app(folder: Path, config: RunConfig) -> None:
     """Make `folder` a Flower app whose run config is `config`. It holds no code: the components are installed packages."""
     folder.mkdir()
@@ -46,4 +51,4 @@ def write_app(folder: Path, config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    print("\n".join(config_lines(RunConfig.from_mapping({}))))
+    print("\n".join(default_lines()))

@@ -11,6 +11,7 @@ import pytest
 from playback import Outcome, last_json
 
 from fedtune.cli import sweep as sweep_module
+from fedtune.cli import watch
 from fedtune.experiments.sweep import Plan, Result
 
 
@@ -45,7 +46,7 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         (("--over", "rounds=2,4"), 1, "early stop divides"),
         (("--over", "lr=1e-5,1e-4", "--keep", "0"), 1, "--keep above 0"),
         (("--over", "lr=1e-5", "--measure"), 2, "--measure runs nothing"),
-        (("--measure", "--set", "algorithm=ferret"), 1, "ferret computes gradients. Sweep lr instead."),
+        (("--measure", "--repeats", "1"), 2, "one round says nothing of its noise"),
     ],
 )
 def test_what_is_typed_wrongly_is_said(
@@ -87,6 +88,34 @@ def test_a_schedule_over_the_rounds_runs_without_early_stop(
     outcome = fedtune("sweep", "small.toml", "--over", "lr=1e-5,1e-4", *settings, "--out", "s")
     assert "No early stop: anneal = cosine" in outcome.out
     assert invented[0].rungs == (8,)
+
+
+@pytest.mark.parametrize("algorithm", ["ferret", "fedavg"])
+def test_a_tiny_model_has_a_range_test(
+    fedtune: Callable[..., Outcome],
+    tiny_folder: Path,
+    instructions: Path,
+    preset: Path,
+    algorithm: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "SIGN_OF_LIFE", 0.0)
+    small = f"algorithm={algorithm} clients=2 min_samples=2 max_length=64 template=plain threads=1 device=cpu local_steps=2"
+    words = (*small.split(), f"model={tiny_folder}", f"data={instructions}", "lr=1e-2")
+    settings = [word for text in words for word in ("--set", text)]
+    outcome = fedtune("sweep", "small.toml", "--measure", "--repeats", "2", "--json", *settings)
+    assert outcome.code == 0, outcome.err
+    found = last_json(outcome.out)
+    tried = {one["lr"]: one["change"] for one in found["tried"]}
+    assert len(tried) >= 3
+    for rate, change in tried.items():
+        said = "diverged in round" if change is None else f"loss {change:+.4f} in a round (standard error"
+        assert f"lr {rate:g}: {said}" in outcome.err
+    assert re.search(r"range test: at each rate 2 rounds from the base model, each of (1 client|2 clients) x 2 st", outcome.err)
+    assert ("recommended lr: " in outcome.err) == (found["recommended"] is not None)
+    assert "the held-out set, which was not read" in outcome.err
+    assert ", local step 2 of 2" in outcome.err, "a long measurement gives signs of life"
+    assert not list(Path().glob("runs*"))
 
 
 def test_a_tiny_model_is_measured(fedtune: Callable[..., Outcome], tiny_folder: Path, instructions: Path, preset: Path) -> None:

@@ -12,7 +12,8 @@ from flwr.cli.build import build_fab_from_files
 from flwr.common.config import flatten_dict, parse_config_args
 
 from fedtune.config import RunConfig
-from simulations.engines.flower_app import config_lines, write_app
+from fedtune.methods import RATES
+from simulations.engines.flower_app import default_lines, write_app
 
 ROOT = Path(__file__).parents[2]
 APP = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
@@ -20,10 +21,16 @@ APP = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool
 
 def test_declared_settings_are_those_of_run_config():
     declared = {key: (type(value), value) for key, value in APP["config"].items()}
-    expected = {key: (type(value), value) for key, value in RunConfig().as_mapping().items()}
-    lines = "\n".join(config_lines(RunConfig()))
+    expected = {key: (type(field.default), field.default) for key, field in RunConfig.model_fields.items()}
+    lines = "\n".join(default_lines())
     assert declared == expected, f"[tool.flwr.app.config] must be:\n{lines}"
     assert list(declared) == list(expected), f"[tool.flwr.app.config] must be in this order:\n{lines}"
+
+
+@pytest.mark.parametrize("algorithm", RATES)
+def test_an_algorithm_given_to_flower_alone_has_its_own_defaults(algorithm):
+    """The declared settings leave open what depends on the algorithm: else FedAvg would send its weights in 8 bits."""
+    assert RunConfig.from_mapping({**APP["config"], "algorithm": algorithm}) == RunConfig(algorithm=algorithm)
 
 
 @pytest.mark.parametrize(

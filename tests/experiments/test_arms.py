@@ -97,9 +97,11 @@ def test_a_preset_has_no_arms_and_a_comparison_is_no_preset(tmp_path: Path) -> N
 
 
 def test_one_learning_rate_for_both_kinds_is_noticed(comparison: Comparison) -> None:
-    assert one_rate_for_all(choose(comparison, "fedkseed,fedavg"))
-    assert not one_rate_for_all(choose(comparison, "fedkseed,fedavg:lr=1e-2"))
-    assert not one_rate_for_all(choose(comparison, "fedkseed,decomfl"))
+    shared = {"lr": 1e-3}
+    assert one_rate_for_all(choose(comparison, "fedkseed,fedavg"), shared)
+    assert not one_rate_for_all(choose(comparison, "fedkseed,fedavg:lr=1e-2"), shared)
+    assert not one_rate_for_all(choose(comparison, "fedkseed,decomfl"), shared)
+    assert not one_rate_for_all(choose(comparison, "fedkseed,fedavg"), {}), "each has the rate of its method"
 
 
 @pytest.mark.parametrize("name", [preset.name for preset in shipped() if preset.name.startswith("comparisons/")])

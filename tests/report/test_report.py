@@ -17,6 +17,7 @@ from fedtune.errors import ReportError, RunFolderError
 from fedtune.report.markup import Html, cut, escape, join, tag
 from fedtune.report.page import MOST_RUNS, distinct, page, report
 from fedtune.report.run import Client, read_run
+from fedtune.report.sections import settings
 from fedtune.run_folder import RunFolder
 
 
@@ -162,10 +163,27 @@ def test_runs_are_compared(run: RunFolder, tmp_path: Path) -> None:
     other = RunFolder.create(tmp_path / "other", {}, run.config().replace(lr=0.5))
     other.write_metrics([line(0), line(1, bytes_up=9_000_000)])
     shown = read(run.path, other.path)
-    for text in ("2 runs compared", "Held-out loss by payload so far", "0.4000", "1.0000", "0.5", "3e-05", "other"):
+    for text in (
+        "2 runs compared",
+        "Held-out loss by payload so far",
+        "0.4000",
+        "1.0000",
+        "0.5",
+        str(run.config().lr),
+        "other",
+    ):
         assert text in shown.text, text
     assert "algorithm is the same" not in shown.text
     assert "The runs have the same settings." in read(run.path, run.path).text
+
+
+def test_a_default_of_the_method_is_no_setting_that_was_changed(run: RunFolder, tmp_path: Path) -> None:
+    """lr and the bits of a message are filled in by method: as they are then, they do not stand out."""
+    config = run.config()
+    for name, changes, stands in (("usual", {}, False), ("other", {"lr": 0.5, "coefficient_bits": 5}, True)):
+        folder = RunFolder.create(tmp_path / name, {}, config.replace(algorithm="fedkseed", lr=0.0).replace(**changes))
+        shown = str(settings(read_run(folder.path)))
+        assert [f'<div class="given"><dt>{key}</dt>' in shown for key in ("lr", "coefficient_bits")] == [stands, stands]
 
 
 def test_names_tell_runs_apart(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fedtune import methods
 from fedtune.config import RunConfig
 from fedtune.errors import (
     DamagedLedgerError,
@@ -26,7 +27,9 @@ from fedtune.errors import (
 from fedtune.ledger import Ledger, Round
 from fedtune.ledger_file import LEDGER
 from fedtune.resident import release
+from fedtune.resume import stored_settings
 from fedtune.run_folder import RunFolder
+from fedtune.trust import said_now
 from fedtune.verify import verify
 from simulations.engines.flower_app import config_lines
 from tests.laws.federation import config, run
@@ -66,6 +69,21 @@ def test_a_run_that_goes_on_longer_equals_one_that_was_as_long_from_the_start(se
         assert verify(ledger).rounds == 5
         (event,) = ledger.events("resume")
     assert (event.round, event.detail["settings"]) == (2, {"rounds": 5})
+
+
+def test_a_resume_keeps_the_rate_that_the_run_began_with(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where this fedtune would begin another run with another rate; whoever leaves it open then is refused by name."""
+    whole = run(settings("ferret", out="whole", rounds=3, lr=0.0))
+    part = settings("ferret", rounds=2, lr=0.0)
+    usual = methods.RATES["ferret"]
+    assert run(part).folder.read_json("config.json")["used"]["lr"] == usual
+    monkeypatch.setitem(methods.RATES, "ferret", 2 * usual)
+    before = stored_settings(RunFolder.open(part.out))
+    longer = run(said_now(before, {"rounds": 3}).replace(resume=part.out))
+    assert longer.digests == whole.digests
+    assert longer.folder.config().lr == usual
+    with pytest.raises(ForeignLedgerError, match=rf"lr = {usual!r} \(now {2 * usual!r}\)"):
+        run(settings("ferret", rounds=4, lr=0.0, resume=part.out))
 
 
 def test_files_that_lag_or_lie_are_made_again_from_the_ledger(settings: Settings) -> None:
