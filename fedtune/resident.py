@@ -62,6 +62,7 @@ DATA_SETTINGS = (
     "holdout_category",
     "holdout_file",
     "eval_samples",
+    "choices",
     "clients",
     "seed",
 )

@@ -27,14 +27,16 @@ def show(run: RunArgument, as_json: JsonLinesOption = False) -> None:
     """
     with Ledger.open(RunFolder.open(run).path) as ledger, ledger.at_one_moment():
         header, rounds, events = ledger.header, list(ledger.rounds()), list(ledger.events())
-    losses = {event.detail["round"]: real(event.detail, "eval_loss") for event in events if event.kind == "evaluation"}
+    details = {event.detail["round"]: event.detail for event in events if event.kind == "evaluation"}
+    losses, accuracies = ({at: real(of, key) for at, of in details.items()} for key in ("eval_loss", "accuracy"))
     if as_json:
         for row in rounds:
-            print_json({**asdict(row), "state": row.state.hex(), "eval_loss": losses.get(row.number)})
+            scores = {"eval_loss": losses.get(row.number), "accuracy": accuracies.get(row.number)}
+            print_json({**asdict(row), "state": row.state.hex(), **scores})
         return
     screen = Screen()
     screen.say(_headline(header))
-    screen.print(_table(rounds, losses))
+    screen.print(_table(rounds, losses, accuracies))
     for event in events:
         if event.kind not in ("evaluation", "keys"):  # the table shows the losses, and keys are for the server
             screen.say(f"after round {event.round}: {event.kind} {_detail(event.detail)}")
@@ -65,9 +67,11 @@ def _headline(header: Header) -> str:
     )
 
 
-def _table(rounds: list[Round], losses: Mapping[int, float | None]) -> Table:
+def _table(rounds: list[Round], losses: Mapping[int, float | None], accuracies: Mapping[int, float | None]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("round", "used", "refused", "train loss", "held-out loss", "up", "down", "time", "digest"):
+    scored = any(value is not None for value in accuracies.values())
+    scores = ("held-out loss", "accuracy") if scored else ("held-out loss",)
+    for name in ("round", "used", "refused", "train loss", *scores, "up", "down", "time", "digest"):
         table.add_column(name, justify="left" if name in ("used", "refused", "digest") else "right")
     for row in rounds:
         used = [client for client in row.clients if client not in row.refused]
@@ -77,6 +81,7 @@ def _table(rounds: list[Round], losses: Mapping[int, float | None]) -> Table:
             " ".join(row.refused),
             in_loss(row.train_loss),
             in_loss(losses.get(row.number)),
+            *([in_loss(accuracies.get(row.number))] if scored else []),
             in_bytes(row.total.payload_up),
             in_bytes(row.total.payload_down),
             in_time(sum(row.seconds.values())),

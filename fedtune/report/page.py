@@ -82,6 +82,7 @@ def _of_one(run: Run) -> tuple[str, Html]:
         sections.state(run),
         sections.tiles(run),
         curves(run),
+        sections.categories(run),
         sections.answers(run),
         sections.clients(run),
         sections.rounds(run),

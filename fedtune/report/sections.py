@@ -16,6 +16,7 @@ from fedtune.report.table import measured
 MOST_CLIENTS, MOST_ROUNDS, MOST_ANSWERS, MOST_EVENTS, MOST_TEXT = 200, 400, 20, 100, 1500
 LONGEST_NUMBER = 10  # characters, with its unit
 LONGEST_CELL, LONGEST_NAME = 600, 80  # characters
+MOST_CATEGORIES = 200
 MOST_PAIRS = 200  # settings or versions: more than there are, unless the folder is a stranger's
 BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison
 
@@ -64,7 +65,7 @@ def tiles(run: Run) -> Html:
     return tag("div", *found, class_="tiles")
 
 
-SCORES = (("ROUGE-L", "rouge_l"), ("exact match", "exact_match"))
+SCORES = (("accuracy", "accuracy"), ("ROUGE-L", "rouge_l"), ("exact match", "exact_match"))
 
 
 def tile(name: str, value: str, more: str = "") -> Html:
@@ -172,6 +173,28 @@ def rounds(run: Run) -> Html:
     earlier = len(run.rows) - MOST_ROUNDS
     note = tag("p", f"The last {MOST_ROUNDS}; {earlier} earlier ones are in metrics.jsonl.") if earlier > 0 else None
     return heading("Rounds", note, table(head, rows)) if rows else Html("")
+
+
+def categories(run: Run) -> Html:
+    """Loss and accuracy of each category of the held-out samples, before and after."""
+    first, last = (of_categories(row) for row in (run.rows[0], run.rows[-1])) if run.rows else ({}, {})
+    scored = any(measured(scores.get("accuracy")) is not None for scores in last.values())
+    head = [("category", False), ("samples", True), ("loss before", True), ("after", True)]
+    head += [("accuracy before", True), ("after", True)] if scored else []
+    rows: list[list[Content]] = []
+    for name, scores in islice(last.items(), MOST_CATEGORIES):
+        keys = ("eval_loss", "accuracy") if scored else ("eval_loss",)
+        pairs = [in_loss(measured(of.get(key))) for key in keys for of in (first.get(name, {}), scores)]
+        rows.append([cut(name, LONGEST_NAME) or "(none)", _count(int(measured(scores.get("samples")) or 0)), *pairs])
+    return (
+        heading("Categories of the held-out samples", table(head, rows, left_out=len(last) - len(rows))) if rows else Html("")
+    )
+
+
+def of_categories(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """By category: the scores that a row has of it; {} for a row without."""
+    found = row.get("categories")
+    return {str(name): of for name, of in found.items() if isinstance(of, Mapping)} if isinstance(found, Mapping) else {}
 
 
 # ---------------------------------------------------------------------- responses
