@@ -178,7 +178,8 @@ class Generation:
 
     `rouge_l` is that of the package rouge-score; `rouge_l_papers` that of FedKSeed's and Ferret's codes
     (see `fedtune.rouge`). `exact_match` compares stripped texts. `texts` are the responses in the order of the samples,
-    `prompts` what was asked (instruction, and input after an empty line) and `references` what was expected.
+    `prompts` what was asked (instruction, and input after an empty line), `references` what was expected, and `categories`
+    those of the samples.
     """
 
     rouge_l: float
@@ -188,10 +189,13 @@ class Generation:
     texts: tuple[str, ...]
     prompts: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
 
 
 def generate(lm: LanguageModel, heldout: Sequence[Encoded], samples: Sequence[Sample], config: RunConfig) -> Generation:
-    """Greedy responses to the first `config.generate_samples` held-out prompts (0: to all of them) and their scores.
+    """Greedy responses to `config.generate_samples` held-out prompts (0: to all of them) and their scores.
+
+    They are the first of each category, then the second of each, and so on, so that a file sorted by category gives all.
 
     Args:
         heldout, samples: the same samples as tokens and as texts, in the same order.
@@ -203,18 +207,35 @@ def generate(lm: LanguageModel, heldout: Sequence[Encoded], samples: Sequence[Sa
     count = min(config.generate_samples or len(heldout), len(heldout))
     if not count:
         raise ValueError("generation needs at least one held-out sample")
-    prompts = [sample.input_ids[: sample.prompt_length] for sample in heldout[:count]]
+    chosen = in_turn([sample.category for sample in samples], count)
+    samples = [samples[number] for number in chosen]
+    prompts = [heldout[number].input_ids[: heldout[number].prompt_length] for number in chosen]
     texts = greedy_texts(lm, prompts, config.max_new_tokens, config.eval_batch_size)
-    pairs = [(text, sample.output) for text, sample in zip(texts, samples, strict=False)]
+    pairs = [(text, sample.output) for text, sample in zip(texts, samples, strict=True)]
     return Generation(
         rouge_l=math.fsum(rouge_l(text, reference) for text, reference in pairs) / count,
         rouge_l_papers=math.fsum(rouge_l_papers(text, reference) for text, reference in pairs) / count,
         exact_match=sum(text.strip() == reference.strip() for text, reference in pairs) / count,
         samples=count,
         texts=texts,
-        prompts=tuple("\n\n".join(filter(None, (sample.instruction, sample.input))) for sample in samples[:count]),
-        references=tuple(sample.output for sample in samples[:count]),
+        prompts=tuple("\n\n".join(filter(None, (sample.instruction, sample.input))) for sample in samples),
+        references=tuple(sample.output for sample in samples),
+        categories=tuple(sample.category for sample in samples) if any(sample.category for sample in samples) else (),
     )
+
+
+def in_turn(categories: Sequence[str], count: int) -> list[int]:
+    """The numbers of `count` samples, ascending: the first of each category, then the second of each, and so on.
+
+    >>> in_turn(["a", "a", "a", "b", "b"], 3), in_turn(["", "", ""], 2)
+    ([0, 1, 3], [0, 1])
+    """
+    seen: dict[str, int] = {}
+    turns = []
+    for number, category in enumerate(categories):
+        seen[category] = seen.get(category, 0) + 1
+        turns.append((seen[category], number))
+    return sorted(number for _, number in sorted(turns)[:count])
 
 
 def greedy_texts(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> tuple[str, ...]:

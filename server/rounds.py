@@ -221,8 +221,7 @@ class Run:
         text = None
         if config.generate_samples and number in (0, config.rounds):
             with self._phases.measure("generate"):
-                count = config.generate_samples
-                text = generate(here.language_model, here.data.heldout[:count], here.data.heldout_samples[:count], config)
+                text = generate(here.language_model, here.data.heldout, here.data.heldout_samples, config)
         self.record.evaluated(number, self.strategy.state, loss, text, self._phases)
 
     def _too_short(self) -> DivergedError:

@@ -19,7 +19,7 @@ from fedtune.data.encode import Encoded
 from fedtune.data.federated import FederatedData, load_federated
 from fedtune.data.samples import Sample
 from fedtune.errors import Interrupted
-from fedtune.evaluation import Evaluation, evaluate, generate, greedy_texts, response_loss
+from fedtune.evaluation import Evaluation, evaluate, generate, greedy_texts, in_turn, response_loss
 from fedtune.logits import response_logits
 from fedtune.models import LanguageModel, load_model
 from fedtune.progress import EvaluationStep, Event, clear_stop, listening, request_stop
@@ -220,6 +220,19 @@ def test_generation_scores_responses_against_the_texts(tiny_lm: LanguageModel) -
     assert (result.samples, result.exact_match) == (2, 0.5)
     assert result.rouge_l_papers == pytest.approx(0.5)
     assert 0.0 <= result.rouge_l <= 1.0
+
+
+def test_prompts_are_taken_from_each_category_in_turn(tiny_lm: LanguageModel) -> None:
+    """A file that is sorted by category does not have its responses judged by the first one alone."""
+    assert in_turn(["a", "a", "a", "b", "c", "c"], 4) == [0, 1, 3, 4]
+    assert in_turn(["a", "b"], 5) == [0, 1]
+    assert in_turn([""] * 4, 2) == [0, 1]
+    lm = echo_lm(tiny_lm)
+    heldout = [Encoded((1, 10 + number // 2, 9), 2, number) for number in range(4)]
+    samples = [Sample("q", "", str(number), "ab"[number // 2]) for number in range(4)]
+    result = generate(lm, heldout, samples, RunConfig(generate_samples=2))
+    assert (result.references, result.categories) == (("0", "2"), ("a", "b"))
+    assert result.texts == (lm.tokenizer.decode([11, 12]), lm.tokenizer.decode([12]))
 
 
 def test_the_models_own_sampling_settings_do_not_touch_greedy_texts(tiny_lm: LanguageModel) -> None:
