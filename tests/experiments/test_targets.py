@@ -13,7 +13,9 @@ from fedtune.cli.main import main
 from fedtune.errors import ConfigError
 from fedtune.experiments.compare import Result
 from fedtune.experiments.targets import Spread, bytes_of, to_target, with_budget
-from fedtune.report.table import Row
+from fedtune.report.table import Row, read
+
+ROOT = Path(__file__).parents[2]
 
 LOSSES: dict[str, list[list[float | None]]] = {  # by arm, seed and round
     "small": [[4.0, 3.5, 3.1, 3.0], [4.0, 3.8, 3.4, 3.2]],
