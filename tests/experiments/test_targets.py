@@ -124,6 +124,13 @@ def test_json_has_the_targets_and_budgets_of_each_arm() -> None:
     assert stuck["budgets"][0]["loss"]["mean"] == 3.95
 
 
+def test_the_tables_of_the_document_are_those_of_the_committed_rows() -> None:
+    document = (ROOT / "docs" / "comparisons.md").read_text(encoding="utf-8")
+    committed = read(ROOT / "simulations" / "results" / "embedded.csv")
+    assert target_sheet(to_target(committed, 0.2)).as_markdown() in document
+    assert budget_sheet(with_budget(committed, 1_000_000)).as_markdown() in document
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [

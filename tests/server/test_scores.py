@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fedtune.cli.main import main
 from fedtune.config import RunConfig
 from fedtune.data.federated import load_federated
 from fedtune.evaluation import evaluate_heldout
+from fedtune.experiments.cells import as_toml
 from fedtune.ledger import Ledger
 from fedtune.models import load_model
 from fedtune.progress import Event, Note, listening
@@ -64,6 +66,24 @@ def test_a_run_writes_down_what_was_measured(settings: Settings, capsys: pytest.
         assert not ended.value.code
         said = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert said.get("last_accuracy", said.get("accuracy")) == rows[-1]["accuracy"]
+
+
+def test_fedtune_loss_measures_the_same(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    used = settings()
+    (tmp_path / "small.toml").write_text(as_toml(used), encoding="utf-8")
+    lm = load_model(used)
+    expected = evaluate_heldout(lm, load_federated(used, lm.tokenizer), used.eval_batch_size)
+    said = []
+    for more in (["--json"], []):
+        with pytest.raises(SystemExit) as ended:
+            main(["loss", str(tmp_path / "small.toml"), *more])
+        assert not ended.value.code
+        said.append(capsys.readouterr().out)
+    found = json.loads(said[0])
+    assert (found["accuracy"], found["questions"]) == (expected.accuracy, expected.questions)
+    assert found["categories"] == {name: asdict(scores) for name, scores in expected.categories.items()}
+    assert f"accuracy          {expected.accuracy:.4f}, of {expected.questions} questions" in said[1]
+    assert f"  sizes           {expected.categories['sizes'].loss:.4f}, of " in said[1]
 
 
 def test_a_resume_keeps_scores_and_answers_and_measures_what_is_missing(
