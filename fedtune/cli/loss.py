@@ -46,11 +46,13 @@ def loss(
         config = config.replace(revision="", trust_remote_code=config.trust_remote_code and said)
     if trust_remote_code:
         config = config.replace(trust_remote_code=True)
+    from fedtune.coefficients import Coefficients
     from fedtune.evaluation import evaluate_heldout
     from fedtune.resident import renewed
 
     here = renewed(config)
     here.load()
+    here.replica.become(Coefficients(()))  # what ran in this process before may have left another model
     found = evaluate_heldout(here.language_model, here.data, config.eval_batch_size)
     fingerprint = here.replica.fingerprint.hex()
     if as_json:
