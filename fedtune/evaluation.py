@@ -67,8 +67,8 @@ class Evaluation:
     each sample's mean token loss (the measure of the papers' codes). A model that has diverged is not hidden: one
     non-finite token makes all three non-finite; `lost` is the number of samples with one.
 
-    `accuracy` is the share of `questions` whose right answer has the highest mean log likelihood per token (the first of
-    equals counts); NaN if one of these likelihoods is not finite, None where there is no question. `categories` has the
+    `accuracy` is the share of `questions` whose right answer has the highest mean log likelihood per token (equals
+    share the point); NaN if one of these likelihoods is not finite, None where there is no question. `categories` has the
     same for each category where the samples have more than one, the MOST_CATEGORIES with most samples, by name.
     """
 
@@ -135,12 +135,15 @@ def evaluate(
 
 
 def _is_right(scores: Sequence[float], question: Question | None) -> float | None:
-    """1 if the right answer is the most likely one, else 0; NaN where a likelihood is not finite, None for no question."""
+    """1 if the right answer is the most likely one, else 0; answers that are equally likely share the 1, so that their order is
+    no advantage (logits in 16 bits are often equal). NaN where a likelihood is not finite, None for no question.
+    """
     if question is None:
         return None
     if not all(map(math.isfinite, scores)):
         return math.nan
-    return float(max(range(len(scores)), key=scores.__getitem__) == question.right)
+    best = max(scores)
+    return 1.0 / scores.count(best) if scores[question.right] == best else 0.0
 
 
 def _evaluation(

@@ -131,10 +131,15 @@ def test_the_length_of_an_answer_is_no_advantage(lm: LanguageModel) -> None:
     assert shares(found.scores, questions) != shares(by_sum, questions)
 
 
-def test_among_equals_the_first_answer_counts(lm: LanguageModel) -> None:
-    one = Encoded((5, 6, 9), 2, 0)
-    for right, accuracy in ((0, 1.0), (1, 0.0)):
-        assert evaluate(lm, [one], 1, questions=[Question((one, one), right)]).accuracy == accuracy
+def test_answers_that_are_equally_likely_share_the_point(lm: LanguageModel) -> None:
+    """Whichever of them is right, and stands first: logits in 16 bits are often equal."""
+    one, other = (Encoded((5, 6, token), 2, 0) for token in (9, 10))
+    more, less = sorted((one, other), key=lambda answer: -slowly(lm.model, answer))
+    for answers, right, accuracy in (
+        ((more, more), 0, 0.5), ((more, more), 1, 0.5), ((less, more, more), 2, 0.5), ((less, more, less), 1, 1.0),
+        ((less, more, less), 0, 0.0), ((one,) * 4, 3, 0.25),
+    ):  # fmt: skip
+        assert evaluate(lm, [one], 1, questions=[Question(answers, right)]).accuracy == accuracy
 
 
 def test_a_diverged_model_has_no_accuracy(lm: LanguageModel) -> None:
