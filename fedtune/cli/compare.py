@@ -171,6 +171,8 @@ def _said(screen: Screen) -> Callable[[Finished], None]:
         soon = f", about {in_time((time.monotonic() - begun) / ran[0] * left)} left" if ran[0] and left else ""
         loss = outcome.summary.get("final_loss") if outcome.summary else None
         said = f"held-out loss {loss:.4f}" if isinstance(loss, float) else outcome.problem or "no finite loss"
+        accuracy = outcome.summary.get("final_accuracy") if outcome.summary else None
+        said += f", accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
         note = "" if outcome.again else " (was there)"
         line = f"{finished.done} of {finished.total}: {outcome.cell.name}: {said}{note}{soon}"
         screen.say(line)

@@ -36,7 +36,7 @@ def show(run: RunArgument, as_json: JsonLinesOption = False) -> None:
         return
     screen = Screen()
     screen.say(_headline(header))
-    screen.print(_table(rounds, losses, accuracies))
+    screen.print(_table(rounds, losses))
     for event in events:
         if event.kind not in ("evaluation", "keys"):  # the table shows the losses, and keys are for the server
             screen.say(f"after round {event.round}: {event.kind} {_detail(event.detail)}")
@@ -67,11 +67,9 @@ def _headline(header: Header) -> str:
     )
 
 
-def _table(rounds: list[Round], losses: Mapping[int, float | None], accuracies: Mapping[int, float | None]) -> Table:
+def _table(rounds: list[Round], losses: Mapping[int, float | None]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    scored = any(value is not None for value in accuracies.values())
-    scores = ("held-out loss", "accuracy") if scored else ("held-out loss",)
-    for name in ("round", "used", "refused", "train loss", *scores, "up", "down", "time", "digest"):
+    for name in ("round", "used", "refused", "train loss", "held-out loss", "up", "down", "time", "digest"):
         table.add_column(name, justify="left" if name in ("used", "refused", "digest") else "right")
     for row in rounds:
         used = [client for client in row.clients if client not in row.refused]
@@ -81,7 +79,6 @@ def _table(rounds: list[Round], losses: Mapping[int, float | None], accuracies: 
             " ".join(row.refused),
             in_loss(row.train_loss),
             in_loss(losses.get(row.number)),
-            *([in_loss(accuracies.get(row.number))] if scored else []),
             in_bytes(row.total.payload_up),
             in_bytes(row.total.payload_down),
             in_time(sum(row.seconds.values())),
