@@ -21,7 +21,7 @@ from fedtune.errors import DataError
 from fedtune.foreign import for_screen
 
 FEW = 20  # different responses of a category, up to which `auto` takes them for classes
-EACH = 5  # rows for each of them, at least: what everyone answers differently has no classes
+EACH = 5  # times as many rows as that, at least: what everyone answers differently has no classes
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,9 @@ def _as_in(sample: Sample, answer: str) -> str:
 
 def _note(heldout: Sequence[Sample], asked: Mapping[int, object], found: Mapping[int, Question]) -> str:
     if not found:
-        return (
-            f"choices = {AUTO}: no category of the held-out rows has 2 to {FEW} different responses in {EACH} rows each or "
-            "more, so accuracy is not measured."
-        )
+        why = f"no category of the held-out rows has 2 to {FEW} different responses and {EACH} times as many rows"
+        why = "no held-out prompt has room for its answers in max_length" if asked else why
+        return f"choices = {AUTO}: {why}, so accuracy is not measured."
     sizes = sorted({len(question.answers) for question in found.values()})
     range_ = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     usual = Counter((heldout[number].category, heldout[number].output.strip()) for number in found)

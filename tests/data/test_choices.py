@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ def test_the_answers_of_a_category_are_its_responses_where_they_are_few(tiny_lm:
     assert kinds == [["bad", "good"]] * 12 + [["0", "1"]] * 10 + [[]] * 60
     assert f"{(8 + 5) / 22:.4f}." in found.note
     assert asked(tiny_lm, names, "auto").note.startswith("choices = auto: no category of the held-out rows has 2 to 20")
+    assert asked(tiny_lm, [replace(one, instruction="q" * 9) for one in two], "auto", max_length=8).note.startswith(
+        "choices = auto: no held-out prompt has room"
+    )
 
 
 def test_a_small_held_out_set_has_the_answers_of_its_whole_file(tiny_lm: LanguageModel) -> None:
