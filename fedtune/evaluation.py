@@ -250,6 +250,7 @@ def greedy_texts(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_to
     positions = position_limit(lm.model.config) or sys.maxsize
     texts = [""] * len(prompts)
     done = 0
+    emit(EvaluationStep("generate", done, len(prompts)))
     for chosen in _prompt_batches(prompts, positions - max_new_tokens, batch_size):
         check_stop()
         new_tokens = min(max_new_tokens, positions - max(len(prompts[index]) for index in chosen))

@@ -58,6 +58,7 @@ def likelihoods(
     sums = [0.0] * len(heldout)
     found: dict[tuple[int, int], float] = {}
     done = 0
+    emit(EvaluationStep("loss", done, len(heldout)))
     for chosen in _batches(own, batch_size):
         check_stop()
         losses = _losses(lm, [own[number] for number in chosen], questions)

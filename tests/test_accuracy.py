@@ -191,4 +191,5 @@ def test_progress_counts_samples_and_ends_with_all_of_them(lm: LanguageModel) ->
         evaluate(lm, samples, 4, questions=questions)
     done = [event.done for event in seen if isinstance(event, EvaluationStep)]
     assert done == sorted(done)
+    assert done[0] == 0
     assert (done[-1], {event.total for event in seen if isinstance(event, EvaluationStep)}) == (10, {10})

@@ -164,7 +164,7 @@ def test_evaluation_reports_progress_and_stops_between_batches(tiny_lm: Language
     seen: list[Event] = []
     with listening(seen.append):
         evaluate(tiny_lm, random_samples(5, vocabulary=259), 2)
-    assert seen == [EvaluationStep("loss", done, 5) for done in (2, 4, 5)]
+    assert seen == [EvaluationStep("loss", done, 5) for done in (0, 2, 4, 5)]
     request_stop()
     try:
         with pytest.raises(Interrupted):
@@ -251,7 +251,7 @@ def test_responses_end_where_the_models_positions_end(tiny_lm: LanguageModel) ->
         texts = greedy_texts(echo_lm(tiny_lm), [(1, 3), (1,) * 11 + (3, 4), (1, 4)], 8, 2)
     decode = tiny_lm.tokenizer.decode
     assert texts == (decode(range(4, 12)), decode([5, 6, 7]), decode(range(5, 13)))
-    assert [event.done for event in events if isinstance(event, EvaluationStep)] == [2, 3]
+    assert [event.done for event in events if isinstance(event, EvaluationStep)] == [0, 2, 3]
 
 
 # ------------------------------------------------------------------ a real model
