@@ -94,7 +94,7 @@ def _encoded(asked: Mapping[int, tuple[Sample, tuple[str, ...]]], tokenizer: Any
     found = {}
     for number, (sample, answers) in asked.items():
         pairs = [next(tokens) for _ in answers]
-        if all(len(prompt) < len(whole) <= config.max_length for prompt, whole in pairs):
+        if all(max(len(prompt), 1) < len(whole) <= config.max_length for prompt, whole in pairs):
             encoded = tuple(Encoded(tuple(whole), len(prompt), number) for prompt, whole in pairs)
             found[number] = Question(encoded, answers.index(sample.output.strip()))
     return found
