@@ -197,6 +197,11 @@ class RunConfig(BaseModel):
     generate_samples: int = Field(
         0, ge=0, le=2**31, description="held-out samples to generate for ROUGE-L and exact match; 0: none"
     )
+    choices: str = Field(
+        "",
+        description="answers to choose from, for accuracy by likelihood: A|B|C, column:NAME (a list in each held-out row) or "
+        "auto (the different responses of a sample's category, where they are few); '': accuracy is not measured",
+    )
     max_new_tokens: int = Field(128, ge=1, le=100_000, description="longest generated response")
     # ------------------------------------------------------------------ the run
     out: str = Field("", description="run folder; '': runs/<preset>-<date>-<time>")

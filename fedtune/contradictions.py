@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from fedtune.choices import check_choices
 from fedtune.errors import ConfigError, ContradictionError
 from fedtune.foreign import client_id
 from fedtune.methods import FIXED, OWNERS, WHOLE_WEIGHTS, ZEROTH_ORDER, Scalar
@@ -61,6 +62,7 @@ def refuse_contradictions(config: RunConfig) -> None:
             f"local_momentum belongs to optimizer = momentum, not to {config.optimizer}: remove it.",
             local_momentum=config.local_momentum,
         )
+    check_choices(config.choices)
     if config.only_client:
         client_id(config.only_client, ConfigError, "change only_client")
     _refuse_foreign(config)

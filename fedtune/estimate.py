@@ -19,8 +19,7 @@ from fedtune.algorithms import State
 from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch, collate
-from fedtune.data.encode import Encoded
-from fedtune.evaluation import evaluate, greedy_texts, prompt_batches
+from fedtune.evaluation import evaluate, greedy_texts, in_turn, prompt_batches
 from fedtune.needs import Needs, first_instruction, full_pool, needs
 from fedtune.peaks import memory_now, peak_of
 from fedtune.resident import Resident
@@ -191,22 +190,30 @@ def _time_rebuild(here: Resident, state: State) -> float:
 def _time_evaluation(here: Resident, size: int) -> float:
     """Seconds for the held-out set, from a short batch and the longest one."""
     batches = _heldout_batches(here, size)
-    timed = []
-    for batch in (batches[len(batches) // 4], batches[-1]):
-        seconds = _seconds(here, partial(evaluate, here.language_model, batch, size))
-        timed.append((_padded(batch), seconds))
+    timed = [
+        (_padded(here, batch), _seconds(here, partial(_evaluate, here, batch)))
+        for batch in (batches[len(batches) // 4], batches[-1])
+    ]
     line = Line(*timed)
-    return sum(line.at(_padded(batch)) for batch in batches)
+    return sum(line.at(_padded(here, batch)) for batch in batches)
 
 
-def _heldout_batches(here: Resident, size: int) -> list[list[Encoded]]:
-    """As `evaluate` makes them: by length, the longest last."""
-    ordered = sorted(here.data.heldout, key=lambda sample: len(sample.input_ids))
-    return [list(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+def _heldout_batches(here: Resident, size: int) -> list[list[int]]:
+    """Numbers of the held-out samples as an evaluation makes batches of them: by length, the longest last."""
+    samples = here.data.heldout
+    ordered = sorted(range(len(samples)), key=lambda number: len(samples[number].input_ids))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def _padded(samples: Sequence[Encoded]) -> int:
-    return len(samples) * max(len(sample.input_ids) for sample in samples)
+def _padded(here: Resident, batch: Sequence[int]) -> int:
+    return len(batch) * max(len(here.data.heldout[number].input_ids) for number in batch)
+
+
+def _evaluate(here: Resident, batch: Sequence[int]) -> None:
+    """The loss of some held-out samples, and the accuracy of those that are questions, in one batch."""
+    data = here.data
+    questions = [data.questions.each[number] for number in batch] if data.questions.each else ()
+    evaluate(here.language_model, [data.heldout[number] for number in batch], len(batch), questions=questions)
 
 
 def _time_generation(here: Resident, config: RunConfig) -> float:
@@ -223,7 +230,9 @@ def _time_generation(here: Resident, config: RunConfig) -> float:
 
 def _prompts(here: Resident, config: RunConfig) -> list[Sequence[int]]:
     """Of the held-out samples whose answers a run writes."""
-    return [sample.input_ids[: sample.prompt_length] for sample in here.data.heldout[: config.generate_samples]]
+    heldout, asked = here.data.heldout, config.generate_samples
+    chosen = in_turn([sample.category for sample in here.data.heldout_samples], min(asked, len(heldout))) if asked else []
+    return [heldout[number].input_ids[: heldout[number].prompt_length] for number in chosen]
 
 
 def _evaluations(config: RunConfig) -> int:
@@ -258,8 +267,8 @@ def _peak_of_training(here: Resident, config: RunConfig, longest: Batch, besides
 
 
 def _peak_of_evaluation(here: Resident, config: RunConfig) -> int:
-    batch = _heldout_batches(here, config.eval_batch_size)[-1]
-    return peak_of(lambda: evaluate(here.language_model, batch, config.eval_batch_size), here.language_model.device)
+    longest = _heldout_batches(here, config.eval_batch_size)[-1]
+    return peak_of(partial(_evaluate, here, longest), here.language_model.device)
 
 
 def _peak_of_generation(here: Resident, config: RunConfig) -> int:

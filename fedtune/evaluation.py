@@ -1,4 +1,4 @@
-"""How good a model is: the loss of responses (training and held-out) and the quality of generated ones.
+"""How good a model is: the loss of responses (training and held-out), accuracy, and the quality of generated responses.
 
 Padding is on the right and the models are causal, so no response token can see a padding token and no attention mask is
 needed.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,11 +17,14 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from fedtune.config import RunConfig
-from fedtune.data.batches import IGNORED, Batch, collate
+from fedtune.data.batches import IGNORED, Batch
+from fedtune.data.choices import Question
 from fedtune.data.encode import Encoded
+from fedtune.data.federated import FederatedData
 from fedtune.data.samples import Sample
 from fedtune.errors import ModelError
-from fedtune.logits import response_logits, token_losses
+from fedtune.likelihood import likelihoods, total
+from fedtune.logits import response_logits
 from fedtune.models import LanguageModel, position_limit
 from fedtune.progress import EvaluationStep, check_stop, emit
 from fedtune.rouge import rouge_l, rouge_l_papers
@@ -53,12 +55,25 @@ BATCH_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Loss and accuracy over the held-out `samples` of one category, as in `Evaluation`."""
+
+    samples: int
+    loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """The loss on held-out responses, in nats per token.
+    """The loss on held-out responses, in nats per token, and the accuracy on those that are questions.
 
     `loss` is the mean over all `tokens`, `perplexity` its exponential, and `loss_sample_mean` the mean over `samples` of
     each sample's mean token loss (the measure of the papers' codes). A model that has diverged is not hidden: one
     non-finite token makes all three non-finite; `lost` is the number of samples with one.
+
+    `accuracy` is the share of `questions` whose right answer has the highest mean log likelihood per token (equals
+    share the point); NaN if one of these likelihoods is not finite, None where there is no question. `categories` has the
+    same for each category where the samples have more than one, the MOST_CATEGORIES with most samples, by name.
     """
 
     loss: float
@@ -67,6 +82,9 @@ class Evaluation:
     tokens: int
     samples: int
     lost: int = 0
+    accuracy: float | None = None
+    questions: int = 0
+    categories: Mapping[str, Scores] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:
@@ -86,9 +104,28 @@ class Evaluation:
         )
 
 
+MOST_CATEGORIES, LONGEST_CATEGORY = 200, 200  # that a line of metrics has; characters of a name, what follows is cut off
+
+
+def evaluate_heldout(lm: LanguageModel, data: FederatedData, batch_size: int) -> Evaluation:
+    """`evaluate` on the held-out samples of `data`, with their categories and questions."""
+    categories = [sample.category for sample in data.heldout_samples]
+    return evaluate(lm, data.heldout, batch_size, categories=categories, questions=data.questions.each)
+
+
 @torch.no_grad()
-def evaluate(lm: LanguageModel, heldout: Sequence[Encoded], batch_size: int) -> Evaluation:
-    """The held-out loss; the batch size changes it by rounding only (1e-6).
+def evaluate(
+    lm: LanguageModel,
+    heldout: Sequence[Encoded],
+    batch_size: int,
+    *,
+    categories: Sequence[str] = (),
+    questions: Sequence[Question | None] = (),
+) -> Evaluation:
+    """The held-out loss; the batch size changes it by rounding only (1e-6), categories and questions in nothing.
+
+    Args:
+        categories, questions: of each sample, in the order of `heldout`; () for none.
 
     Raises:
         ValueError: nothing to evaluate.
@@ -96,35 +133,46 @@ def evaluate(lm: LanguageModel, heldout: Sequence[Encoded], batch_size: int) -> 
     """
     if not heldout:
         raise ValueError("an evaluation needs at least one held-out sample")
-    order = sorted(range(len(heldout)), key=lambda index: (len(heldout[index].input_ids), index))
-    sums = [0.0] * len(heldout)
-    for start in range(0, len(order), batch_size):
-        check_stop()
-        chosen = order[start : start + batch_size]
-        losses = _response_sums(lm, [heldout[index] for index in chosen])
-        for index, loss in zip(chosen, losses, strict=True):
-            sums[index] = loss
-        emit(EvaluationStep("loss", min(start + batch_size, len(order)), len(order)))
-    return _evaluation(sums, [sample.response_length for sample in heldout])
+    found = likelihoods(lm, heldout, questions, batch_size)
+    right = [_is_right(scores, question) for scores, question in zip(found.scores, questions, strict=True)] if questions else []
+    return _evaluation(found.sums, [sample.response_length for sample in heldout], right, categories)
 
 
-def _response_sums(lm: LanguageModel, samples: Sequence[Encoded]) -> list[float]:
-    """For each sample the sum of its response tokens' losses, each in float32, added in float64."""
-    losses = token_losses(lm.model, collate(samples, lm.tokenizer.pad_token_id).to(lm.device)).tolist()
-    counts = [len(sample.input_ids) - max(sample.prompt_length, 1) for sample in samples]
-    ends = list(accumulate(counts, initial=0))
-    return [_total(losses[start:end]) for start, end in pairwise(ends)]
+def _is_right(scores: Sequence[float], question: Question | None) -> float | None:
+    """1 if the right answer is the most likely one, else 0; answers that are equally likely share the 1, so that their order is
+    no advantage (logits in 16 bits are often equal). NaN where a likelihood is not finite, None for no question.
+    """
+    if question is None:
+        return None
+    if not all(map(math.isfinite, scores)):
+        return math.nan
+    best = max(scores)
+    return 1.0 / scores.count(best) if scores[question.right] == best else 0.0
 
 
-def _evaluation(sums: Sequence[float], tokens: Sequence[int]) -> Evaluation:
-    loss = _total(sums) / sum(tokens)
-    mean = _total([value / count for value, count in zip(sums, tokens, strict=True)]) / len(sums)
-    return Evaluation(loss, _exp(loss), mean, sum(tokens), len(sums), sum(not math.isfinite(value) for value in sums))
+def _evaluation(
+    sums: Sequence[float], tokens: Sequence[int], right: Sequence[float | None], categories: Sequence[str]
+) -> Evaluation:
+    loss = total(sums) / sum(tokens)
+    mean = total([value / count for value, count in zip(sums, tokens, strict=True)]) / len(sums)
+    lost = sum(not math.isfinite(value) for value in sums)
+    answered = [one for one in right if one is not None]
+    by_name: dict[str, list[int]] = {}
+    for number, category in enumerate(categories):
+        by_name.setdefault(category[:LONGEST_CATEGORY], []).append(number)
+    most = sorted(by_name, key=lambda name: (-len(by_name[name]), name))[:MOST_CATEGORIES] if len(by_name) > 1 else []
+    scores = {name: _scores(by_name[name], sums, tokens, right) for name in sorted(most)}
+    return Evaluation(loss, _exp(loss), mean, sum(tokens), len(sums), lost, _share(answered), len(answered), scores)
 
 
-def _total(values: Sequence[float]) -> float:
-    """The sum, the same in any order; NaN if any value is not finite (infinities of both signs included)."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+def _scores(numbers: Sequence[int], sums: Sequence[float], tokens: Sequence[int], right: Sequence[float | None]) -> Scores:
+    answered = [one for number in numbers if right and (one := right[number]) is not None]
+    loss = total([sums[number] for number in numbers]) / sum(tokens[number] for number in numbers)
+    return Scores(len(numbers), loss, _share(answered))
+
+
+def _share(answered: Sequence[float]) -> float | None:
+    return total(answered) / len(answered) if answered else None
 
 
 def _exp(value: float) -> float:
@@ -137,7 +185,8 @@ class Generation:
 
     `rouge_l` is that of the package rouge-score; `rouge_l_papers` that of FedKSeed's and Ferret's codes
     (see `fedtune.rouge`). `exact_match` compares stripped texts. `texts` are the responses in the order of the samples,
-    `prompts` what was asked (instruction, and input after an empty line) and `references` what was expected.
+    `prompts` what was asked (instruction, and input after an empty line), `references` what was expected, and `categories`
+    those of the samples.
     """
 
     rouge_l: float
@@ -147,10 +196,13 @@ class Generation:
     texts: tuple[str, ...]
     prompts: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
 
 
 def generate(lm: LanguageModel, heldout: Sequence[Encoded], samples: Sequence[Sample], config: RunConfig) -> Generation:
-    """Greedy responses to the first `config.generate_samples` held-out prompts (0: to all of them) and their scores.
+    """Greedy responses to `config.generate_samples` held-out prompts (0: to all of them) and their scores.
+
+    They are the first of each category, then the second of each, and so on, so that a file sorted by category gives all.
 
     Args:
         heldout, samples: the same samples as tokens and as texts, in the same order.
@@ -162,18 +214,35 @@ def generate(lm: LanguageModel, heldout: Sequence[Encoded], samples: Sequence[Sa
     count = min(config.generate_samples or len(heldout), len(heldout))
     if not count:
         raise ValueError("generation needs at least one held-out sample")
-    prompts = [sample.input_ids[: sample.prompt_length] for sample in heldout[:count]]
+    chosen = in_turn([sample.category for sample in samples], count)
+    samples = [samples[number] for number in chosen]
+    prompts = [heldout[number].input_ids[: heldout[number].prompt_length] for number in chosen]
     texts = greedy_texts(lm, prompts, config.max_new_tokens, config.eval_batch_size)
-    pairs = [(text, sample.output) for text, sample in zip(texts, samples, strict=False)]
+    pairs = [(text, sample.output) for text, sample in zip(texts, samples, strict=True)]
     return Generation(
         rouge_l=math.fsum(rouge_l(text, reference) for text, reference in pairs) / count,
         rouge_l_papers=math.fsum(rouge_l_papers(text, reference) for text, reference in pairs) / count,
         exact_match=sum(text.strip() == reference.strip() for text, reference in pairs) / count,
         samples=count,
         texts=texts,
-        prompts=tuple("\n\n".join(filter(None, (sample.instruction, sample.input))) for sample in samples[:count]),
-        references=tuple(sample.output for sample in samples[:count]),
+        prompts=tuple("\n\n".join(filter(None, (sample.instruction, sample.input))) for sample in samples),
+        references=tuple(sample.output for sample in samples),
+        categories=tuple(sample.category for sample in samples) if any(sample.category for sample in samples) else (),
     )
+
+
+def in_turn(categories: Sequence[str], count: int) -> list[int]:
+    """The numbers of `count` samples, ascending: the first of each category, then the second of each, and so on.
+
+    >>> in_turn(["a", "a", "a", "b", "b"], 3), in_turn(["", "", ""], 2)
+    ([0, 1, 3], [0, 1])
+    """
+    seen: dict[str, int] = {}
+    turns = []
+    for number, category in enumerate(categories):
+        seen[category] = seen.get(category, 0) + 1
+        turns.append((seen[category], number))
+    return sorted(number for _, number in sorted(turns)[:count])
 
 
 def greedy_texts(
@@ -190,6 +259,7 @@ def greedy_texts(
     positions = position_limit(lm.model.config) or sys.maxsize
     texts = [""] * len(prompts)
     done = 0
+    emit(EvaluationStep("generate", done, len(prompts)))
     for chosen in prompt_batches(prompts, max_new_tokens, batch_size, lm):
         check_stop()
         new_tokens = min(max_new_tokens, positions - max(len(prompts[index]) for index in chosen))

@@ -220,6 +220,14 @@ def _shape(value: Any, refuse: Refuse) -> tuple[str, tuple[int, ...]]:
     return pair[0], lengths
 
 
+def _category(value: Any, refuse: Refuse) -> None:
+    """The scores of one category of an evaluation."""
+    found = _object(value, refuse)
+    _count(found.get("samples"), refuse)
+    for key in ("eval_loss", "accuracy"):
+        _number_or_none(found.get(key), refuse)
+
+
 def _scalars(value: Any, refuse: Refuse) -> None:
     for item in _object(value, refuse).values():
         if not isinstance(item, str | int | float):
@@ -227,12 +235,14 @@ def _scalars(value: Any, refuse: Refuse) -> None:
 
 
 _ROUND, _TEXTS, _SECONDS = (_count, True), (lambda v, r: _each(v, _name, r)), (lambda v, r: _each(v, _number, r))
-_SCORES = ("eval_loss_sample_mean", "perplexity", "rouge_l", "rouge_l_papers", "exact_match")
+_SCORES = ("eval_loss_sample_mean", "perplexity", "accuracy", "rouge_l", "rouge_l_papers", "exact_match")
 _DETAILS: dict[str, dict[str, tuple[Check, bool]]] = {  # by kind of event: key, its form, and whether it must be there
     "evaluation": {
         "round": _ROUND,
         "eval_loss": (_number_or_none, True),
         **{name: (_number_or_none, False) for name in _SCORES},
+        "questions": (_count, False),
+        "categories": (lambda v, r: _each(v, _category, r), False),
         "seconds": (_SECONDS, False),
         "cpu_seconds": (_SECONDS, False),
     },

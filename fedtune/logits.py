@@ -1,7 +1,8 @@
 """The logits of a few positions: never those of a whole batch, whose vocabulary can take more memory than the model.
 
     response_logits   of the positions that predict a batch's responses: what a training step needs, and its gradient
-    token_losses      -log p of every label, without a gradient: the body runs once, the head on PIECE logits at a time
+    token_losses      -log p of every label, and of other tokens in their place, without a gradient: the body runs once, the
+                      head on PIECE logits at a time
 
 A head is more than its matrix (some models cap or scale what comes out of it), so it is run through the model's own `forward`,
 whose body answers with hidden states that it has computed before. Whether that gives the model's own logits is checked in every
@@ -31,30 +32,58 @@ _SAME = 1e-2  # of the largest logit: how far the rounding of two shapes of one 
 
 def response_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
     """[B, T - first, vocabulary]: the logits that predict tokens first .. T-1, in the model's dtype."""
-    keep = batch.input_ids.shape[1] - batch.first
+    return _last_logits(model, batch.inputs, batch.input_ids.shape[1] - batch.first)
+
+
+def _last_logits(model: torch.nn.Module, inputs: Tensor, keep: int) -> Tensor:
     options = {"logits_to_keep": keep} if _can_keep(model) else {}
-    logits: Tensor = model(input_ids=batch.inputs, use_cache=False, **options).logits
+    logits: Tensor = model(input_ids=inputs, use_cache=False, **options).logits
     return logits[:, -keep:]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Tokens whose losses are wanted: int64 [n] each. Token `targets` is the one after position `columns` of `rows`."""
+
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+
+    @classmethod
+    def labels(cls, batch: Batch) -> Self:
+        """Every label of `batch`, row by row, left to right."""
+        rows, columns = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # position t predicts the token at t + 1
+        return cls(rows, columns, batch.labels[rows, columns + 1])
+
+    def and_also(self, more: Asked) -> Asked:
+        """These, and then `more`."""
+        return Asked(*(torch.cat([getattr(self, key), getattr(more, key)]) for key in ("rows", "columns", "targets")))
+
+
 @torch.no_grad()
-def token_losses(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """float32 [labels]: -log p(label | what is before it) for every label of `batch`, row by row, left to right."""
-    rows, columns = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # position t predicts the token at t + 1
-    targets = batch.labels[rows, columns + 1]
+def token_losses(model: torch.nn.Module, batch: Batch, more: Asked | None = None) -> Tensor:
+    """float32 [labels]: -log p(label | what is before it) for every label of `batch`, row by row, left to right.
+
+    With `more` those of its tokens follow, in its order; they change nothing in the losses of the labels.
+    """
+    asked = [Asked.labels(batch), *([more] if more else [])]
     head = _Head.of(model, batch.inputs)
     if head is None:
-        return torch.cat([_losses_of_row(model, batch, row) for row in range(len(batch.labels))])
+        return _row_by_row(model, batch.inputs, asked[0].and_also(asked[1]) if more else asked[0])
     size = max(1, PIECE // _vocabulary(model))
-    pieces = zip(torch.split(head.hidden[rows, columns], size), torch.split(targets, size), strict=True)
-    return torch.cat([cross_entropy(head(states), wanted, reduction="none") for states, wanted in pieces])
+    return torch.cat([losses for one in asked for losses in head.losses(one, size)])
 
 
-def _losses_of_row(model: torch.nn.Module, batch: Batch, row: int) -> Tensor:
-    """float32 [labels of the row]: from the logits of its response, all at once."""
-    one = Batch(batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1], batch.labels[row : row + 1])
-    labels = one.targets != IGNORED
-    return cross_entropy(response_logits(model, one)[0][labels].float(), one.targets[labels], reduction="none")
+def _row_by_row(model: torch.nn.Module, inputs: Tensor, asked: Asked) -> Tensor:
+    """float32 [n]: from the logits of one row at a time, all that it needs at once."""
+    losses = torch.empty(len(asked.rows), device=inputs.device)
+    for row in sorted(set(asked.rows.tolist())):
+        here = asked.rows == row
+        columns = asked.columns[here]
+        first = int(columns.min())
+        logits = _last_logits(model, inputs[row : row + 1], inputs.shape[1] - first)[0]
+        losses[here] = cross_entropy(logits[columns - first].float(), asked.targets[here], reduction="none")
+    return losses
 
 
 @dataclass(frozen=True)
@@ -91,6 +120,12 @@ class _Head:
         with self._answering(states[None]):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
         return logits.float()
+
+    def losses(self, asked: Asked, size: int) -> Iterator[Tensor]:
+        """float32 [n] in pieces of `size`."""
+        for at in range(0, len(asked.rows), size):
+            rows, columns, targets = (part[at : at + size] for part in (asked.rows, asked.columns, asked.targets))
+            yield cross_entropy(self(self.hidden[rows, columns]), targets, reduction="none")
 
     @contextmanager
     def _answering(self, states: Tensor) -> Iterator[None]:

@@ -63,6 +63,7 @@ DATA_SETTINGS = (
     "holdout_category",
     "holdout_file",
     "eval_samples",
+    "choices",
     "clients",
     "seed",
 )

@@ -33,7 +33,7 @@ _SAME = """algorithm seed clients local_steps batch_size lr weighting K eps dire
     lora_targets only_client family rank pool_every
     coefficient_bits scalar_bits dtype update_rounding instruction_column input_column output_column category_column template
     max_length partition dirichlet_alpha min_samples holdout holdout_category"""
-_KEPT = "eval_samples generate_samples max_new_tokens"
+_KEPT = "eval_samples generate_samples choices max_new_tokens"
 _NEW = """rounds client_fraction clients_per_round sampling over_selection min_replies short_round round_timeout wait_timeout
     grace max_examples min_clients model revision trust_remote_code device device_map offload threads data holdout_file
     eval_every eval_batch_size out resume"""

@@ -13,7 +13,7 @@ from fedtune.algorithms import ALGORITHMS, State
 from fedtune.algorithms.base import shares
 from fedtune.config import RunConfig
 from fedtune.errors import RunFolderError
-from fedtune.evaluation import Evaluation, Generation
+from fedtune.evaluation import Evaluation, Generation, Scores
 from fedtune.ledger import Round, Used
 from fedtune.peaks import peak_memory
 from fedtune.replay import snapshot_of, state_after
@@ -25,7 +25,10 @@ from server.strategy import Tally
 
 BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison
 _DIGEST_AT = slice(40, 56)  # of the model, in coefficients.bin (docs/wire.md)
-_SCORES = ("eval_loss", "eval_loss_sample_mean", "perplexity", "rouge_l", "rouge_l_papers", "exact_match")
+_SCORES = (
+    *("eval_loss", "eval_loss_sample_mean", "perplexity", "accuracy", "questions", "categories"),
+    *("rouge_l", "rouge_l_papers", "exact_match"),
+)
 
 
 class Record:
@@ -111,6 +114,9 @@ class Record:
             "eval_loss": finite(loss.loss),
             "eval_loss_sample_mean": finite(loss.loss_sample_mean),
             "perplexity": finite(loss.perplexity),
+            "accuracy": finite(loss.accuracy),
+            "questions": loss.questions,
+            "categories": {name: _category(scores) for name, scores in loss.categories.items()},
             "rouge_l": text.rouge_l if text else None,
             "rouge_l_papers": text.rouge_l_papers if text else None,
             "exact_match": text.exact_match if text else None,
@@ -227,6 +233,10 @@ def summarise(
         "best_round": best["round"],
         "initial_loss_sample_mean": rows[0]["eval_loss_sample_mean"],
         "final_loss_sample_mean": rows[-1]["eval_loss_sample_mean"],
+        "initial_accuracy": rows[0]["accuracy"],
+        "final_accuracy": rows[-1]["accuracy"],
+        "questions": rows[0]["questions"],
+        "categories": _before_and_after(rows[0]["categories"] or {}, rows[-1]["categories"] or {}),
         "initial_rouge_l": rows[0]["rouge_l"],
         "final_rouge_l": rows[-1]["rouge_l"],
         "initial_exact_match": rows[0]["exact_match"],
@@ -251,9 +261,29 @@ def summarise(
     }
 
 
-def finite(value: float) -> float | None:
+def _category(scores: Scores) -> dict[str, Any]:
+    """The scores of one category in a line of metrics.jsonl."""
+    return {"samples": scores.samples, "eval_loss": finite(scores.loss), "accuracy": finite(scores.accuracy)}
+
+
+def _before_and_after(first: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The scores of each category in summary.json."""
+    return {
+        name: {
+            "samples": found["samples"],
+            **{
+                f"initial_{key}": first.get(name, {}).get(long)
+                for key, long in (("loss", "eval_loss"), ("accuracy", "accuracy"))
+            },
+            **{f"final_{key}": found[long] for key, long in (("loss", "eval_loss"), ("accuracy", "accuracy"))},
+        }
+        for name, found in last.items()
+    }
+
+
+def finite(value: float | None) -> float | None:
     """JSON has no NaN: what is not a number is null."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def number_of(value: object) -> float:

@@ -16,7 +16,7 @@ from fedtune.control import Doing
 from fedtune.directions.choice import kernels_note
 from fedtune.divergence import first_divergence
 from fedtune.errors import DivergedError, RunError
-from fedtune.evaluation import evaluate, generate
+from fedtune.evaluation import evaluate_heldout, generate
 from fedtune.layout import base_size
 from fedtune.progress import Note, RoundFinished, RunFinished, RunStarted, check_stop, emit
 from fedtune.resident import Resident, resident
@@ -105,7 +105,7 @@ class Run:
 
     def _announce(self) -> None:
         config, here = self.config, self.here
-        for note in (*here.language_model.notes, *self.notes):
+        for note in filter(None, (*here.language_model.notes, here.data.questions.note, *self.notes)):
             emit(Note(note))
         if config.dtype != "float32" and config.update_rounding == "nearest":
             emit(Note(f"{config.dtype} weights: {_SIXTEEN_BIT}", warning=True))
@@ -218,20 +218,19 @@ class Run:
         return number in (0, self.config.rounds) or (every > 0 and number % every == 0)
 
     def _evaluate(self, number: int) -> None:
-        """Held-out loss; generated text only for the base and the final model."""
+        """Held-out loss and accuracy; generated text only for the base and the final model."""
         config, here = self.config, self.here
         self._phases = Phases()
         with self._phases.measure("rebuild"):
             here.replica.become(self.strategy.model, self.strategy.digest)
         with self._phases.measure("evaluate"):
-            loss = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
+            loss = evaluate_heldout(here.language_model, here.data, config.eval_batch_size)
         if number == 0:
             loss.check_base(here.language_model.source, config.dtype)
         text = None
         if config.generate_samples and number in (0, config.rounds):
             with self._phases.measure("generate"):
-                count = config.generate_samples
-                text = generate(here.language_model, here.data.heldout[:count], here.data.heldout_samples[:count], config)
+                text = generate(here.language_model, here.data.heldout, here.data.heldout_samples, config)
         self.record.evaluated(number, self.strategy.state, loss, text, self._phases)
 
     def _too_short(self) -> DivergedError:

@@ -19,7 +19,7 @@ from fedtune.data.encode import Encoded
 from fedtune.data.federated import FederatedData, load_federated
 from fedtune.data.samples import Sample
 from fedtune.errors import Interrupted
-from fedtune.evaluation import Evaluation, evaluate, generate, greedy_texts, response_loss
+from fedtune.evaluation import Evaluation, evaluate, generate, greedy_texts, in_turn, response_loss
 from fedtune.logits import response_logits
 from fedtune.models import LanguageModel, load_model
 from fedtune.progress import EvaluationStep, Event, clear_stop, listening, request_stop
@@ -164,7 +164,7 @@ def test_evaluation_reports_progress_and_stops_between_batches(tiny_lm: Language
     seen: list[Event] = []
     with listening(seen.append):
         evaluate(tiny_lm, random_samples(5, vocabulary=259), 2)
-    assert seen == [EvaluationStep("loss", done, 5) for done in (2, 4, 5)]
+    assert seen == [EvaluationStep("loss", done, 5) for done in (0, 2, 4, 5)]
     request_stop()
     try:
         with pytest.raises(Interrupted):
@@ -222,6 +222,19 @@ def test_generation_scores_responses_against_the_texts(tiny_lm: LanguageModel) -
     assert 0.0 <= result.rouge_l <= 1.0
 
 
+def test_prompts_are_taken_from_each_category_in_turn(tiny_lm: LanguageModel) -> None:
+    """A file that is sorted by category does not have its responses judged by the first one alone."""
+    assert in_turn(["a", "a", "a", "b", "c", "c"], 4) == [0, 1, 3, 4]
+    assert in_turn(["a", "b"], 5) == [0, 1]
+    assert in_turn([""] * 4, 2) == [0, 1]
+    lm = echo_lm(tiny_lm)
+    heldout = [Encoded((1, 10 + number // 2, 9), 2, number) for number in range(4)]
+    samples = [Sample("q", "", str(number), "ab"[number // 2]) for number in range(4)]
+    result = generate(lm, heldout, samples, RunConfig(generate_samples=2))
+    assert (result.references, result.categories) == (("0", "2"), ("a", "b"))
+    assert result.texts == (lm.tokenizer.decode([11, 12]), lm.tokenizer.decode([12]))
+
+
 def test_the_models_own_sampling_settings_do_not_touch_greedy_texts(tiny_lm: LanguageModel) -> None:
     prompts = [sample.input_ids[: sample.prompt_length] for sample in random_samples(4, vocabulary=259)]
     plain = greedy_texts(tiny_lm, prompts, 12, 2)
@@ -238,7 +251,7 @@ def test_responses_end_where_the_models_positions_end(tiny_lm: LanguageModel) ->
         texts = greedy_texts(echo_lm(tiny_lm), [(1, 3), (1,) * 11 + (3, 4), (1, 4)], 8, 2)
     decode = tiny_lm.tokenizer.decode
     assert texts == (decode(range(4, 12)), decode([5, 6, 7]), decode(range(5, 13)))
-    assert [event.done for event in events if isinstance(event, EvaluationStep)] == [2, 3]
+    assert [event.done for event in events if isinstance(event, EvaluationStep)] == [0, 2, 3]
 
 
 # ------------------------------------------------------------------ a real model

@@ -39,10 +39,13 @@ JSON = [
      [[], {}, [["a"]], [["a", [1], 2]], [["a", [2**20, 2**20]], ["b", [1]]], [["a", [1] * 17]], [[1, [1]]], [["a", 1]],
       [["a", [-1]]], [["a", [0.5]]], [["a" * (LONGEST_NAME + 1), [1]]]]),
 ]  # fmt: skip
-SCORES = ("eval_loss_sample_mean", "perplexity", "rouge_l", "rouge_l_papers", "exact_match")
+SCORES = ("eval_loss_sample_mean", "perplexity", "accuracy", "rouge_l", "rouge_l_papers", "exact_match")
+LAST = {"samples": 4, "eval_loss": 1.5, "accuracy": None}  # of a category
 DETAILS = {  # what must be there, what may be there, and wrong values of both
-    "evaluation": ({"round": 3, "eval_loss": None}, {**dict.fromkeys(SCORES, 0.5), "seconds": {"a": 1.0}},
-                   {"round": -1, "eval_loss": "x", **dict.fromkeys(SCORES, True), "seconds": {"a": "b"}, "cpu_seconds": []}),
+    "evaluation": ({"round": 3, "eval_loss": None}, {**dict.fromkeys(SCORES, 0.5), "seconds": {"a": 1.0}, "questions": 3,
+                    "categories": {"": {"samples": 2}, "a": LAST}},
+                   {"round": -1, "eval_loss": "x", **dict.fromkeys(SCORES, True), "seconds": {"a": "b"}, "cpu_seconds": [],
+                    "questions": None, "categories": {"a": {**LAST, "samples": -1}}}),
     "attempt": ({"round": 1, "clients": ["a"], "refused": {"a": "b"}, "seconds": {"a": 1}, "traffic": {"a": SIX}}, {},
                 {"round": True, "clients": [1], "refused": {"a": 1}, "seconds": {"a": ""}, "traffic": {"a": [1]}}),
     "resume": ({"settings": {"a": 1, "b": "c", "d": True}, "versions": {"a": "1"}}, {},
@@ -99,6 +102,14 @@ def test_an_event_has_its_fields_in_their_form_and_may_have_others(kind: str) ->
     for name, value in bad.items():
         with pytest.raises(DamagedLedgerError, match="column x of event 3"):
             cells(json.dumps(good | {name: value})).detail("x", kind)
+
+
+@pytest.mark.parametrize("bad", [[], 1, {}, {"samples": 0.5}, {**LAST, "eval_loss": "x"}, {**LAST, "accuracy": True}])
+def test_a_category_has_a_count_and_numbers_or_nothing(bad: object) -> None:
+    sound = {"round": 3, "eval_loss": None, "categories": {"a": {"samples": 2}, "b": LAST}}
+    assert cells(json.dumps(sound)).detail("x", "evaluation") == sound
+    with pytest.raises(DamagedLedgerError, match="column x of event 3"):
+        cells(json.dumps({**sound, "categories": {"a": LAST, "b": bad}})).detail("x", "evaluation")
 
 
 def test_the_limits_of_a_number_and_a_length_are_the_callers() -> None:

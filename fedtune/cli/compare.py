@@ -7,22 +7,22 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
+from fedtune.cli.compare_tables import Sheet, as_json, budget_sheet, results_sheet, target_sheet
 from fedtune.cli.presets import SetOption, find, parse_setting
-from fedtune.cli.screen import Screen, print_json, quoted
+from fedtune.cli.screen import Screen, print_json
 from fedtune.errors import ConfigError, RunError
 from fedtune.experiments import arms as experiment
 from fedtune.experiments.cells import Finished, Outcome, run_cells
 from fedtune.experiments.compare import Held, Planned, Result, held_against, plan, results, table
-from fedtune.foreign import for_screen
+from fedtune.experiments.targets import ToTarget, WithBudget, bytes_of, to_target, with_budget
 from fedtune.link import Link
-from fedtune.numbers import in_bytes, in_time
+from fedtune.numbers import in_time
 from fedtune.report import table as tidy
 from fedtune.report.figures import figures
 from fedtune.run_folder import dated, replace_file, versions
@@ -67,7 +67,24 @@ def compare(
     against: Annotated[
         str, typer.Option(metavar="FILE", help="An earlier table.csv; says whether the results agree.", show_default=False)
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as the last line of stdout.")] = False,
+    target_loss: Annotated[
+        list[float],
+        typer.Option(
+            "--target-loss",
+            metavar="LOSS",
+            help="Also: rounds and bytes that each arm needs to this held-out loss; may be given again.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006 (typer reads the default and never changes it)
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            metavar="BYTES",
+            help="Also: the best model of each arm for so many bytes of payload, as 10MB or 100kB; may be given again.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006 (the same)
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print the results as the last line of stdout.")] = False,
 ) -> None:
     """Run a grid of algorithms and seeds, and write one table (CSV, Parquet) and figures (PNG, SVG).
 
@@ -77,15 +94,19 @@ def compare(
 
     [bold]fedtune compare comparisons/headline --against simulations/results/headline.csv[/bold]
 
+    [bold]fedtune compare comparisons/embedded --out runs/all --target-loss 0.2 --budget 1MB[/bold]   of the runs that are there
+
     Every run is an ordinary run folder, which fedtune report and fedtune ledger read.
     """
-    screen = Screen(stderr=as_json)
+    screen = Screen(stderr=json_wanted)
     comparison = experiment.load(find(preset))
     chosen = experiment.choose(comparison, algorithms)
     overrides = dict(parse_setting(text) for text in settings)
     first = experiment.config_of(comparison, chosen[0], overrides).seed
     folder = Path(out or dated(comparison.name))
     simulated = Link.parse(link) if link else None
+    budgets = [bytes_of(text) for text in budget]
+    losses = [_finite(loss) for loss in target_loss]
     planned = plan(comparison, chosen, overrides, range(first, first + seeds), folder)
     before = tidy.read(Path(against)) if against else []
     shared = {(row.label, row.seed) for row in before} & {(one.arm.label, one.seed) for one in planned}
@@ -98,16 +119,46 @@ def compare(
     screen.say(f"{len(chosen)} arms x {seeds} seeds: {len(cells)} runs, in {folder}")
     outcomes = run_cells(cells, workers=workers, progress=_said(screen))
     rows = table(planned, outcomes, comparison.name, simulated)
-    found = results(rows, planned)
-    screen.print(_as_table(found))
+    found = _Found(
+        results(rows, planned), [to_target(rows, loss) for loss in losses], [with_budget(rows, most) for most in budgets]
+    )
+    for sheet in found.sheets:
+        screen.print(sheet.for_screen())
+        screen.print()
     for line in _written(folder, rows, found, planned, simulated):
         screen.say(line)
     held = held_against(rows, before)
     for one in held:
         screen.say(_agreement(one))
-    if as_json:
-        print_json(_as_json(found))
+    if json_wanted:
+        print_json(found.as_json())
     _end(outcomes, held)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the rows of a comparison say: the results, and for each target and each budget what every arm has."""
+
+    results: Sequence[Result]
+    targets: Sequence[Sequence[ToTarget]]
+    budgets: Sequence[Sequence[WithBudget]]
+
+    @property
+    def sheets(self) -> list[Sheet]:
+        """The tables, in this order."""
+        further = [*map(target_sheet, self.targets), *map(budget_sheet, self.budgets)]
+        return [results_sheet(self.results), *(sheet for sheet in further if sheet.lines)]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """One object an arm."""
+        return as_json(self.results, [one for of in self.targets for one in of], [one for of in self.budgets for one in of])
+
+
+def _finite(loss: float) -> float:
+    """A target; raises ConfigError for one that no loss can be held against."""
+    if not math.isfinite(loss):
+        raise ConfigError(f"--target-loss {loss} is no loss to reach: give a number of nats per token.")
+    return loss
 
 
 def _said(screen: Screen) -> Callable[[Finished], None]:
@@ -120,6 +171,8 @@ def _said(screen: Screen) -> Callable[[Finished], None]:
         soon = f", about {in_time((time.monotonic() - begun) / ran[0] * left)} left" if ran[0] and left else ""
         loss = outcome.summary.get("final_loss") if outcome.summary else None
         said = f"held-out loss {loss:.4f}" if isinstance(loss, float) else outcome.problem or "no finite loss"
+        accuracy = outcome.summary.get("final_accuracy") if outcome.summary else None
+        said += f", accuracy {accuracy:.4f}" if isinstance(accuracy, float) else ""
         note = "" if outcome.again else " (was there)"
         line = f"{finished.done} of {finished.total}: {outcome.cell.name}: {said}{note}{soon}"
         screen.say(line)
@@ -127,60 +180,15 @@ def _said(screen: Screen) -> Callable[[Finished], None]:
     return say
 
 
-HEADS = ("seeds", "held-out\nloss", "±", "up", "down", "whole\nrun", "CPU\ntime", "peak\nmemory")
-CAPTION = "up, down: payload of a client and round; ±: standard deviation over seeds"
-
-
-def _cells(result: Result) -> list[str]:
-    """A line of the results, as HEADS names them."""
-    return [
-        str(result.seeds),
-        f"{result.loss:.4f}",
-        f"{result.spread:.4f}",
-        in_bytes(result.up),
-        in_bytes(result.down),
-        in_bytes(result.total),
-        in_time(result.cpu_seconds),
-        in_bytes(result.memory),
-    ]
-
-
-def _as_table(found: Sequence[Result]) -> Table:
-    view = Table(box=None, pad_edge=False, caption=CAPTION)
-    view.add_column("")  # the one that wraps where the terminal is narrow
-    for name in HEADS:
-        view.add_column(quoted(name), justify="right", no_wrap=True)
-    for result in found:
-        view.add_row(result.label, *_cells(result))
-    return view
-
-
-def _as_json(found: Sequence[Result]) -> list[dict[str, object]]:
-    """JSON has no NaN: the loss of an arm that diverged is null."""
-    return [{**asdict(one), "loss": one.loss if math.isfinite(one.loss) else None} for one in found]
-
-
-def _as_markdown(found: Sequence[Result]) -> str:
-    """The same for a document."""
-    lines = [
-        ["", *(head.replace("\n", " ") for head in HEADS)],
-        ["---", *("---:" for _ in HEADS)],
-        *([for_screen(result.label).replace("|", r"\|"), *_cells(result)] for result in found),
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{CAPTION}\n"
-
-
-def _written(
-    folder: Path, rows: Sequence[tidy.Row], found: Sequence[Result], planned: Sequence[Planned], link: Link | None
-) -> list[str]:
+def _written(folder: Path, rows: Sequence[tidy.Row], found: _Found, planned: Sequence[Planned], link: Link | None) -> list[str]:
     """Write the table, the summary and the figures; says where they are, and what was left out for want of a package."""
     if not rows:
         return ["No run was finished: there is no table."]
     said = [f"table: {tidy.write(rows, folder / 'table.csv')}"]
     settings = {one.arm.label: one.cells[0].settings.as_mapping() for one in planned}
-    kept = {"results": _as_json(found), "settings": settings, "link": str(link or ""), "versions": versions()}
+    kept = {"results": found.as_json(), "settings": settings, "link": str(link or ""), "versions": versions()}
     replace_file(folder / "comparison.json", json.dumps(kept, indent=2).encode())
-    replace_file(folder / "results.md", _as_markdown(found).encode())
+    replace_file(folder / "results.md", "\n".join(sheet.as_markdown() for sheet in found.sheets).encode())
     if importlib.util.find_spec("pyarrow"):
         said.append(f"table: {tidy.write(rows, folder / 'table.parquet')}")
     if importlib.util.find_spec("matplotlib"):

@@ -27,10 +27,12 @@ def show(run: RunArgument, as_json: JsonLinesOption = False) -> None:
     """
     with Ledger.open(RunFolder.open(run).path) as ledger, ledger.at_one_moment():
         header, rounds, events = ledger.header, list(ledger.rounds()), list(ledger.events())
-    losses = {event.detail["round"]: real(event.detail, "eval_loss") for event in events if event.kind == "evaluation"}
+    details = {event.detail["round"]: event.detail for event in events if event.kind == "evaluation"}
+    losses, accuracies = ({at: real(of, key) for at, of in details.items()} for key in ("eval_loss", "accuracy"))
     if as_json:
         for row in rounds:
-            print_json({**asdict(row), "state": row.state.hex(), "eval_loss": losses.get(row.number)})
+            scores = {"eval_loss": losses.get(row.number), "accuracy": accuracies.get(row.number)}
+            print_json({**asdict(row), "state": row.state.hex(), **scores})
         return
     screen = Screen()
     screen.say(_headline(header))

@@ -50,6 +50,8 @@ def round_line(row: RoundRow) -> str:
         parts = [f"round {row.round}", f"{row.clients} clients{refused}", f"train loss {in_loss(row.train_loss)}"]
     if row.eval_loss is not None:
         parts.append(f"held-out loss {in_loss(row.eval_loss)}")
+    if row.accuracy is not None:
+        parts.append(f"accuracy {in_loss(row.accuracy)}")
     if row.rouge_l is not None:
         parts.append(f"ROUGE-L {in_loss(row.rouge_l)}")
     if row.round:

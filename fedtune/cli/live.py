@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -14,6 +14,9 @@ from fedtune.cli.rows import RoundRow
 from fedtune.cli.screen import plain
 from fedtune.cli.view import RunView
 
+Score = Callable[[RoundRow], float | None]
+SCORES: tuple[tuple[str, Score], ...] = (("accuracy", lambda row: row.accuracy), ("ROUGE-L", lambda row: row.rouge_l))
+"""Columns that are there where a round has measured them."""
 FIXED_LINES = 12
 """Lines of the display besides the rounds: the rest of the terminal's height shows the latest rounds."""
 
@@ -65,26 +68,27 @@ class LiveRun:
 
 def round_table(rows: Sequence[RoundRow], most: int) -> Table:
     """The rounds as a table: the base model and at most `most` of the latest rounds."""
-    generated = any(row.rouge_l is not None for row in rows)
+    scores = [(name, score) for name, score in SCORES if any(score(row) is not None for row in rows)]
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("round", "clients", "train loss", "held-out loss"):
         table.add_column(name, justify="right")
-    if generated:
-        table.add_column("ROUGE-L", justify="right")
+    for name, _ in scores:
+        table.add_column(name, justify="right")
     for name in ("up/client", "down/client", "time"):
         table.add_column(name, justify="right")
     first, rest = rows[:1], rows[1:]
+    read = [score for _, score in scores]
     for row in first:
-        table.add_row(*_cells(row, generated))
+        table.add_row(*_cells(row, read))
     if len(rest) > most:
         table.add_row("...", style="dim")
         rest = rest[-most:]
     for row in rest:
-        table.add_row(*_cells(row, generated))
+        table.add_row(*_cells(row, read))
     return table
 
 
-def _cells(row: RoundRow, generated: bool) -> list[str]:
+def _cells(row: RoundRow, scores: Sequence[Score]) -> list[str]:
     base = row.round == 0
     refused = f" ({row.refused} refused)" if row.refused else ""
     return [
@@ -92,7 +96,7 @@ def _cells(row: RoundRow, generated: bool) -> list[str]:
         "" if base else f"{row.clients}{refused}",
         "" if base else in_loss(row.train_loss),
         "" if row.eval_loss is None else in_loss(row.eval_loss),
-        *([""] if generated and row.rouge_l is None else [in_loss(row.rouge_l)] if generated else []),
+        *("" if (value := score(row)) is None else in_loss(value) for score in scores),
         "" if base else in_bytes(row.up_per_client),
         "" if base else in_bytes(row.down_per_client),
         in_time(row.seconds),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,8 @@ from fedtune.cli import presets
 from fedtune.cli.presets import PresetArgument, SetOption
 from fedtune.cli.screen import Screen, print_json
 from fedtune.errors import ModelError
+from fedtune.foreign import for_screen
+from fedtune.numbers import in_loss
 
 if TYPE_CHECKING:
     from fedtune.evaluation import Evaluation
@@ -29,7 +31,8 @@ def loss(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead.")] = False,
 ) -> None:
-    """Measure a model on the held-out samples of a preset, in nats per token; nothing is trained or written.
+    """Measure a model on the held-out samples of a preset, in nats per token, by category, with the accuracy where the
+    preset has choices; nothing is trained or written.
 
     Exits with 1 if the loss is not finite.
 
@@ -43,12 +46,14 @@ def loss(
         config = config.replace(revision="", trust_remote_code=config.trust_remote_code and said)
     if trust_remote_code:
         config = config.replace(trust_remote_code=True)
-    from fedtune.evaluation import evaluate
+    from fedtune.coefficients import Coefficients
+    from fedtune.evaluation import evaluate_heldout
     from fedtune.resident import renewed
 
     here = renewed(config)
     here.load()
-    found = evaluate(here.language_model, here.data.heldout, config.eval_batch_size)
+    here.replica.become(Coefficients(()))  # what ran in this process before may have left another model
+    found = evaluate_heldout(here.language_model, here.data, config.eval_batch_size)
     fingerprint = here.replica.fingerprint.hex()
     if as_json:
         print_json({**_without_nan(asdict(found)), "fingerprint": fingerprint})
@@ -63,15 +68,29 @@ def loss(
 
 
 def _print(found: Evaluation, fingerprint: str) -> None:
-    for name, value in (
+    lines = [
         ("held-out loss", repr(found.loss)),
         ("mean over samples", repr(found.loss_sample_mean)),
         ("samples, tokens", f"{found.samples:,}, {found.tokens:,}"),
         ("fingerprint", fingerprint),
-    ):
-        Screen().say(f"{name:<18}{value}")
+    ]
+    if found.accuracy is not None:
+        lines.insert(2, ("accuracy", f"{in_loss(found.accuracy)}, of {found.questions:,} questions"))
+    for name, scores in found.categories.items():
+        accuracy = f", accuracy {in_loss(scores.accuracy)}" if scores.accuracy is not None else ""
+        lines.append((f"  {name or '(none)'}", f"{in_loss(scores.loss)}{accuracy}, of {scores.samples:,} samples"))
+    for name, value in lines:
+        Screen().say(f"{for_screen(name, 40):<18}{value}")
 
 
-def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN: what is not a number is null."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+def _without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what is not a number is null, in the categories too."""
+    return {
+        name: _without_nan(value) if isinstance(value, Mapping) else _finite(value) if isinstance(value, float) else value
+        for name, value in values.items()
+    }
+
+
+def _finite(value: float) -> float | None:
+    """`value`, or None if it is not finite."""
+    return value if math.isfinite(value) else None

@@ -112,6 +112,7 @@ def _status(folder: RunFolder) -> dict[str, Any]:
         "dropped": [event.detail["client"] for event in events if event.kind == "drop"],
         "first_loss": real(evaluations[0], "eval_loss") if evaluations else None,
         "last_loss": real(evaluations[-1], "eval_loss") if evaluations else None,
+        "last_accuracy": real(evaluations[-1], "accuracy") if evaluations else None,
         "last_loss_round": evaluations[-1]["round"] if evaluations else None,
         "warning": _warning(trained, {event["round"]: event for event in evaluations}),
         "bytes_up": row.total.payload_up,
@@ -133,10 +134,11 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     error = f": {found['error']}" if found["error"] else ""
     refused = "; ".join(f"client {client}: {why}" for client, why in found["refused"].items())
     first, last = in_loss(found["first_loss"]), in_loss(found["last_loss"])
+    accuracy = f", accuracy {in_loss(found['last_accuracy'])}" if found["last_accuracy"] is not None else ""
     lines = [
         ("run", f"{found['doing']}{error}"),
         ("round", f"{found['round']} of {found['rounds']} ({found['algorithm']}), digest {found['digest']}"),
-        ("held-out loss", f"{first}, {last} after round {found['last_loss_round']}"),
+        ("held-out loss", f"{first}, {last} after round {found['last_loss_round']}{accuracy}"),
         *([("warning", found["warning"])] if found["warning"] else []),
         ("last round", f"clients {' '.join(found['clients']) or '-'}; refused: {refused or 'none'}"),
         ("its payload", f"{in_bytes(found['bytes_up'])} up, {in_bytes(found['bytes_down'])} down"),

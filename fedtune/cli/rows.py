@@ -13,7 +13,7 @@ class RoundRow:
 
     Attributes:
         clients: updates used; `refused` were not.
-        train_loss, eval_loss, rouge_l: None where the round did not measure them (or the number was not finite).
+        train_loss, eval_loss, accuracy, rouge_l: None where the round did not measure them (or the number was not finite).
         bytes_up, bytes_down: payload of the round; `messages_up`, `messages_down` are the messages that carried it.
         seconds: all phases together.
     """
@@ -23,6 +23,7 @@ class RoundRow:
     refused: int
     train_loss: float | None
     eval_loss: float | None
+    accuracy: float | None
     rouge_l: float | None
     bytes_up: int
     bytes_down: int
@@ -41,6 +42,7 @@ class RoundRow:
             refused=count_refused,
             train_loss=real(metrics, "train_loss"),
             eval_loss=real(metrics, "eval_loss"),
+            accuracy=real(metrics, "accuracy"),
             rouge_l=real(metrics, "rouge_l"),
             bytes_up=whole(metrics, "bytes_up"),
             bytes_down=whole(metrics, "bytes_down"),

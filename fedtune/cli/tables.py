@@ -8,8 +8,13 @@ from rich.table import Table
 
 from fedtune.cli.numbers import in_bytes, in_loss, in_ratio, in_time
 from fedtune.cli.rows import real, whole
+from fedtune.cli.screen import quoted
+from fedtune.foreign import for_screen
 
 Summary = Mapping[str, object]
+SCORES = (("held-out loss", "loss"), ("accuracy", "accuracy"), ("ROUGE-L", "rouge_l"), ("exact match", "exact_match"))
+MOST_CATEGORIES = 30  # lines
+LONGEST_CATEGORY = 32  # characters
 
 
 def result_table(summary: Summary) -> Table:
@@ -17,10 +22,11 @@ def result_table(summary: Summary) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", show_edge=False)
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for title, key in (("held-out loss", "loss"), ("ROUGE-L", "rouge_l"), ("exact match", "exact_match")):
+    for title, key in SCORES:
         before, after = real(summary, f"initial_{key}"), real(summary, f"final_{key}")
         if before is not None or after is not None or key == "loss":
             table.add_row(title, in_loss(before), in_loss(after))
+    _add_categories(table, summary)
     facts = Table.grid(padding=(0, 2))
     facts.add_column(no_wrap=True)
     facts.add_column(overflow="fold")
@@ -32,6 +38,20 @@ def result_table(summary: Summary) -> Table:
     both.add_row("")
     both.add_row(facts)
     return both
+
+
+def _add_categories(table: Table, summary: Summary) -> None:
+    """Loss and accuracy of each category, a line each."""
+    found = summary.get("categories")
+    named = [(name, of) for name, of in found.items() if isinstance(of, Mapping)] if isinstance(found, Mapping) else []
+    for name, of in named[:MOST_CATEGORIES]:
+        for title, key in SCORES[:2]:
+            before, after = real(of, f"initial_{key}"), real(of, f"final_{key}")
+            if key == "loss" or before is not None or after is not None:
+                label = f"  {for_screen(str(name), LONGEST_CATEGORY) or '(none)'}"
+                table.add_row(quoted(label if key == "loss" else f"    {title}"), in_loss(before), in_loss(after), style="dim")
+    if len(named) > MOST_CATEGORIES:
+        table.add_row(f"  ... {len(named) - MOST_CATEGORIES} more categories in summary.json", "", "", style="dim")
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
@@ -57,7 +77,7 @@ def comparison_table(summaries: Mapping[str, Summary]) -> Table:
         table.add_column(name, justify="right")
     runs = list(summaries.values())
     table.add_row("parameters", *(f"{whole(run, 'parameters'):,}" for run in runs))
-    for title, key in (("held-out loss", "loss"), ("ROUGE-L", "rouge_l"), ("exact match", "exact_match")):
+    for title, key in SCORES:
         if any(real(run, f"final_{key}") is not None for run in runs):
             changes = [(real(run, f"initial_{key}"), real(run, f"final_{key}")) for run in runs]
             table.add_row(f"{title}, before", *(in_loss(before) for before, _ in changes))

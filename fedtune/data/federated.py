@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedtune.config import RunConfig
+from fedtune.data.choices import Questions, questions_of
 from fedtune.data.encode import Encoded, encode
 from fedtune.data.partition import Partition, partition, split_heldout
 from fedtune.data.samples import Sample, load_samples
@@ -54,11 +55,12 @@ class DataReport:
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Tokens of each client and of the held-out set (with its texts, in the same order)."""
+    """Tokens of each client and of the held-out set (with its texts, and its questions, in the same order)."""
 
     clients: tuple[tuple[Encoded, ...], ...]
     heldout: tuple[Encoded, ...]
     heldout_samples: tuple[Sample, ...]
+    questions: Questions
     partition: Partition
     report: DataReport
 
@@ -70,7 +72,7 @@ def load_federated(config: RunConfig, tokenizer: Any) -> FederatedData:
     set is a random subset of that size, drawn from the stream (seed, "partition", "eval_samples").
 
     Raises:
-        DataError: a file, column, category or template that cannot be used.
+        DataError: a file, column, category, template or source of answers (`choices`) that cannot be used.
         EmptyClientError: a client, the held-out set or the training set without a usable sample.
     """
     by_category = config.partition in ("dirichlet", "column") or bool(config.holdout_category)
@@ -85,12 +87,15 @@ def load_federated(config: RunConfig, tokenizer: Any) -> FederatedData:
     heldout_rows = _limit(heldout_rows, config)
     client_rows = partition({row: categories[row] for row in training}, config)
     clients = tuple(tuple(file.usable[row] for row in rows) for rows in client_rows)
+    heldout_samples = tuple(held_file.samples[row] for row in heldout_rows)
+    questions = questions_of(heldout_samples, held_file.samples, held_file.source, tokenizer, config)
     return FederatedData(
         clients=clients,
         heldout=tuple(held_file.usable[row] for row in heldout_rows),
-        heldout_samples=tuple(held_file.samples[row] for row in heldout_rows),
+        heldout_samples=heldout_samples,
+        questions=questions,
         partition=Partition(client_rows, tuple(heldout_rows), config.holdout_file),
-        report=_report(file, held_file, clients, heldout_rows, tokenizer),
+        report=_report(file, held_file, clients, heldout_rows, tokenizer, questions),
     )
 
 
@@ -150,7 +155,12 @@ def _limit(heldout_rows: list[int], config: RunConfig) -> list[int]:
 
 
 def _report(
-    file: _File, held_file: _File, clients: Sequence[Sequence[Encoded]], heldout_rows: Sequence[int], tokenizer: Any
+    file: _File,
+    held_file: _File,
+    clients: Sequence[Sequence[Encoded]],
+    heldout_rows: Sequence[int],
+    tokenizer: Any,
+    questions: Questions,
 ) -> DataReport:
     own_file = held_file is not file
     trained = [sample for own in clients for sample in own]
@@ -165,7 +175,7 @@ def _report(
         lengths=_lengths([len(sample.input_ids) for sample in trained]),
         response_lengths=_lengths([sample.response_length for sample in trained]),
         example=describe(trained[0], tokenizer),
-        notes=file.notes + (held_file.notes if own_file else ()),
+        notes=(*file.notes, *(held_file.notes if own_file else ()), *filter(None, [questions.note])),
     )
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedtune.choices import column_of, listed
 from fedtune.config import RunConfig
 from fedtune.data.files import Row
 from fedtune.data.sources.named import read_source
@@ -18,12 +19,16 @@ from fedtune.errors import DataError
 
 @dataclass(frozen=True)
 class Sample:
-    """One instruction with its response. `input` and `category` are "" where the row has none."""
+    """One instruction with its response. `input` and `category` are "" where the row has none.
+
+    `choices` are the answers that its row names, of which the response should be one; () unless `choices` names a column.
+    """
 
     instruction: str
     input: str
     output: str
     category: str
+    choices: tuple[str, ...] = ()
 
 
 def load_samples(source: str, config: RunConfig, needs_category: bool = False) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
@@ -39,8 +44,18 @@ def load_samples(source: str, config: RunConfig, needs_category: bool = False) -
     if not rows:
         raise DataError(f"'{source}' has no rows: give a file with at least one sample.", source=source)
     notes += _check_columns(rows, source, config, needs_category)
-    columns = (config.instruction_column, config.input_column, config.output_column, config.category_column)
-    return tuple(Sample(*(_text(row.get(column)) for column in columns)) for row in rows), notes
+    return tuple(_sample(row, config) for row in rows), notes
+
+
+def _sample(row: Row, config: RunConfig) -> Sample:
+    answers = column_of(config.choices)
+    return Sample(
+        instruction=_text(row.get(config.instruction_column)),
+        input=_text(row.get(config.input_column)),
+        output=_text(row.get(config.output_column)),
+        category=_text(row.get(config.category_column)),
+        choices=_answers(row.get(answers)) if answers else (),
+    )
 
 
 def _check_columns(rows: Sequence[Row], source: str, config: RunConfig, needs_category: bool) -> tuple[str, ...]:
@@ -65,6 +80,13 @@ def _check_columns(rows: Sequence[Row], source: str, config: RunConfig, needs_ca
             )
         notes.append(f"data: no column '{column}' in {source}, taken as empty (columns: {', '.join(there)})")
     return tuple(notes)
+
+
+def _answers(value: object) -> tuple[str, ...]:
+    """The answers in a cell: the items of a list, or a text with | between them; without white space around, none twice."""
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(text for item in value if (text := _text(item).strip())))
+    return listed(_text(value))
 
 
 def _text(value: object) -> str:

@@ -9,7 +9,7 @@ plain     the instruction, the input on the next line, a line break, the respons
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedtune.data.samples import Sample
@@ -24,6 +24,8 @@ _REQUESTS = {
     "alpaca": "Write a response that appropriately completes the request.",
     "fedkseed": "Write a response for the task request.",
 }
+
+_MARK = "\ue000"  # a private character, which no template writes
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,21 @@ def renderer(template: str, tokenizer: Any) -> Callable[[Sample], Rendered]:
             )
         return lambda sample: _chat(sample, tokenizer)
     return lambda sample: Rendered(_prompt(sample, template), sample.output + str(tokenizer.eos_token))
+
+
+def answer_only(render: Callable[[Sample], Rendered], example: Sample) -> Callable[[Sample], Rendered]:
+    """`render` without what it writes after a response: the end-of-text token, or what closes a turn.
+
+    Args:
+        example: any sample; what closes a response is found by rendering it with a mark as its output.
+    """
+    _, _, end = render(replace(example, output=_MARK)).response.rpartition(_MARK)
+
+    def bare(sample: Sample) -> Rendered:
+        whole = render(sample)
+        return replace(whole, response=whole.response.removesuffix(end))
+
+    return bare
 
 
 def _prompt(sample: Sample, template: str) -> str:

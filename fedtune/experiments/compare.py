@@ -16,6 +16,7 @@ from pathlib import Path
 from fedtune.config import Scalar
 from fedtune.experiments.arms import Arm, Comparison, config_of
 from fedtune.experiments.cells import Cell, Outcome
+from fedtune.experiments.targets import Spread
 from fedtune.link import Link, link_seconds
 from fedtune.report.table import Row, measured, rows_of
 from fedtune.run_folder import RunFolder
@@ -41,6 +42,7 @@ class Result:
         total: payload bytes of a whole run, all clients, mean.
         cpu_seconds: CPU time of a whole run, mean.
         memory: peak memory of the process in bytes, mean.
+        accuracy, rouge_l, exact_match: of the final models; None where a run has none.
     """
 
     label: str
@@ -52,6 +54,9 @@ class Result:
     total: float
     cpu_seconds: float
     memory: float
+    accuracy: Spread | None = None
+    rouge_l: Spread | None = None
+    exact_match: Spread | None = None
 
 
 def plan(
@@ -115,6 +120,7 @@ def _mean(rows: Sequence[Row]) -> Row:
         rows[0],
         eval_loss=_middle([row.eval_loss for row in rows]),
         eval_loss_sample_mean=_middle([row.eval_loss_sample_mean for row in rows]),
+        accuracy=_middle([row.accuracy for row in rows]),
         rouge_l=_middle([row.rouge_l for row in rows]),
         exact_match=_middle([row.exact_match for row in rows]),
         seconds=_middle([row.seconds for row in rows]) or 0.0,
@@ -157,7 +163,14 @@ def _result(label: str, rows: Sequence[Row], planned: Sequence[Planned]) -> Resu
         total=sum(row.cumulative_bytes for row in last) / len(last),
         cpu_seconds=sum(row.cpu_seconds or 0.0 for row in last) / len(last),
         memory=sum(row.peak_memory_bytes or 0 for row in last) / len(last),
+        accuracy=_spread([row.accuracy for row in last]),
+        rouge_l=_spread([row.rouge_l for row in last]),
+        exact_match=_spread([row.exact_match for row in last]),
     )
+
+
+def _spread(values: Sequence[float | None]) -> Spread | None:
+    return Spread.of([math.nan if value is None else value for value in values])
 
 
 @dataclass(frozen=True)

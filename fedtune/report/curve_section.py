@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from fedtune.numbers import in_bytes, in_time
 from fedtune.report.drawing import Axis, Part, Series, bars_legend, legend, line_chart, patterns, stacked_bars
 from fedtune.report.markup import Html, tag
 from fedtune.report.run import MOST_PHASES, Run, phases
-from fedtune.report.sections import heading
+from fedtune.report.sections import SCORES, heading
 from fedtune.report.table import measured
 
 Points = list[tuple[float, float]]
 FEWEST = 3  # measurements from which on a score is worth a curve
 
 ROUND = Axis("round", lambda value: f"{value:g}", whole=True)
+SHARE = Axis("0 to 1", "{:.3g}".format)
 LOSS = Axis("nats per token", lambda value: f"{value:.4g}")
 
 
@@ -56,10 +58,9 @@ def compared(runs: Sequence[Run], names: Sequence[str]) -> Html:
         figure("Held-out loss by time", of(by_seconds), seconds, LOSS),
         figure("Payload of a round, both directions", of(bytes_by_round), ROUND, bytes_axis(runs)),
     ]
-    if any(len(run.values("rouge_l")) >= FEWEST for run in runs):
-        charts.append(
-            figure("ROUGE-L by round", of(lambda run: of_round(run, "rouge_l")), ROUND, Axis("0 to 1", "{:.3g}".format))
-        )
+    for name, key in (("Accuracy", "accuracy"), ("ROUGE-L", "rouge_l")):
+        if any(len(run.values(key)) >= FEWEST for run in runs):
+            charts.append(figure(f"{name} by round", of(partial(of_round, key=key)), ROUND, SHARE))
     if any(run.values("train_loss") for run in runs):
         charts.append(figure("Training loss by round", of(lambda run: of_round(run, "train_loss")), ROUND, LOSS))
     return heading("Curves", tag("div", *charts, class_="charts"))
@@ -119,11 +120,9 @@ def _trained(run: Run) -> list[tuple[int, Mapping[str, object]]]:
 
 
 def _scores(run: Run) -> Html | None:
-    keys = (("ROUGE-L", "rouge_l"), ("exact match", "exact_match"))
-    series = [Series(name, of_round(run, key), number) for number, (name, key) in enumerate(keys)]
-    if max(len(one.points) for one in series) < FEWEST:
-        return None
-    return figure("Generated responses by round", series, ROUND, Axis("0 to 1", "{:.3g}".format))
+    found = [Series(name, of_round(run, key), number) for number, (name, key) in enumerate(SCORES)]
+    series = [one for one in found if len(one.points) >= FEWEST]
+    return figure("Scores by round", series, ROUND, SHARE) if series else None
 
 
 def _bytes(run: Run) -> Html | None:

@@ -48,9 +48,9 @@ def curve(rows: Sequence[Row], x: Measure, y: Measure) -> list[Point]:
     return points
 
 
-def base_loss(table: Iterable[Row]) -> float | None:
-    """The loss of the base model: the mean of round 0 over all runs that measured it."""
-    found = [loss for row in table if row.round == 0 and (loss := finite(row.eval_loss)) is not None]
+def of_base(table: Iterable[Row], measure: Measure) -> float | None:
+    """A measure of the base model: the mean of round 0 over all runs that measured it."""
+    found = [value for row in table if row.round == 0 and (value := finite(measure(row))) is not None]
     return mean(found) if found else None
 
 

@@ -1,4 +1,4 @@
-"""Figures of a comparison, as PNG and SVG, from the tidy table: loss against what it cost, bytes and memory by algorithm.
+"""Figures of a comparison, as PNG and SVG, from the tidy table: scores against their cost, bytes and memory by algorithm.
 
 Lines are means over seeds, bands the least and the greatest seed. Series differ by colour, marker and dashes
 (`fedtune.report.styles`). The same table gives the same bytes with the same matplotlib: no dates, no random ids.
@@ -16,12 +16,13 @@ from typing import Any
 from fedtune.errors import MissingPackageError, ReportError
 from fedtune.foreign import for_screen
 from fedtune.numbers import in_bytes
-from fedtune.report.curves import Measure, Point, base_loss, bytes_a_round, curve, labels, of_label, peaks
+from fedtune.report.curves import Measure, Point, bytes_a_round, curve, labels, of_base, of_label, peaks
 from fedtune.report.styles import Style, style
 from fedtune.report.table import Row
 
 FORMATS = ("png", "svg")
 LOSS = "held-out loss (nats per token)"
+ACCURACY = "accuracy on held-out questions"
 CUT = 2.0  # times the base model's loss: what is above is cut off, or a run that diverged would flatten all others
 LONGEST = 120  # characters of a label or title
 LONG = 16  # characters of a label from which on the legend has two columns instead of three
@@ -40,23 +41,35 @@ SETTINGS = {
 }
 
 
+def _loss(row: Row) -> float | None:
+    return row.eval_loss
+
+
+def _accuracy(row: Row) -> float | None:
+    return row.accuracy
+
+
 @dataclass(frozen=True)
 class Axis:
-    """What a loss is drawn against: name of the file, title of the axis, measure; bytes on a logarithmic scale."""
+    """What loss or accuracy is drawn against: name of the file, title of the axis, measure; bytes on a logarithmic scale."""
 
     name: str
     title: str
     measure: Measure
     in_bytes: bool = False
+    of: Measure = _loss
 
 
+PAYLOAD = "payload of all clients so far, both directions"
 AXES = (
-    Axis("loss_by_bytes", "payload of all clients so far, both directions", lambda row: row.cumulative_bytes, in_bytes=True),
+    Axis("loss_by_bytes", PAYLOAD, lambda row: row.cumulative_bytes, in_bytes=True),
     Axis("loss_by_serialised_bytes", "serialised messages of all clients so far", lambda row: row.serialised_bytes, True),
     Axis("loss_by_rounds", "round", lambda row: row.round),
     Axis("loss_by_seconds", "time so far (s)", lambda row: row.seconds),
     Axis("loss_by_cpu_seconds", "CPU time so far (s)", lambda row: row.cpu_seconds),
     Axis("loss_by_link_seconds", "communication so far on a simulated link (s)", lambda row: row.link_seconds),
+    Axis("accuracy_by_bytes", PAYLOAD, lambda row: row.cumulative_bytes, in_bytes=True, of=_accuracy),
+    Axis("accuracy_by_rounds", "round", lambda row: row.round, of=_accuracy),
 )
 
 
@@ -64,7 +77,8 @@ def figures(table: Sequence[Row], folder: Path) -> list[Path]:
     """Draw everything that `table` has numbers for into `folder` (made if needed); returns the files, PNG and SVG of each.
 
     A preset's figures are NAME_PRESET.png and .svg: loss_by_bytes, loss_by_rounds, loss_by_seconds, and, where measured,
-    loss_by_serialised_bytes, loss_by_cpu_seconds, loss_by_link_seconds and memory; bytes_by_round always.
+    loss_by_serialised_bytes, loss_by_cpu_seconds, loss_by_link_seconds, accuracy_by_bytes, accuracy_by_rounds and memory;
+    bytes_by_round always.
 
     Raises:
         ReportError: the table has no row. MissingPackageError: without matplotlib.
@@ -86,7 +100,7 @@ def _drawings(rows: Sequence[Row]) -> dict[str, Callable[[str], Any]]:
     """The figures that there are numbers for, by name."""
     chosen: dict[str, Callable[[str], Any]] = {}
     for axis in AXES:
-        if any(axis.measure(row) is not None for row in rows):
+        if any(axis.measure(row) is not None and (axis.of is _loss or axis.of(row) is not None) for row in rows):
             chosen[axis.name] = partial(draw_loss, rows, axis)
     chosen["bytes_by_round"] = partial(draw_bytes, rows)
     if any(row.peak_memory_bytes is not None for row in rows):
@@ -108,24 +122,25 @@ def _endings(table: Sequence[Row]) -> dict[str, str]:
 
 
 def draw_loss(table: Sequence[Row], axis: Axis, title: str) -> Any:
-    """A matplotlib Figure of the held-out loss of every series against `axis`, with the base model's as a thin line."""
+    """A matplotlib Figure of the loss or accuracy of every series against `axis`, with the base model's as a thin line."""
     names = labels(table)
     seeds = max(len({row.seed for row in of_label(table, label)}) for label in names)
     figure, axes = _figure(6.4, 4.6, f"{title}: mean and range of {seeds} seeds" if seeds > 1 else title)
     if axis.in_bytes:
         axes.set_xscale("log")
-    base = base_loss(table)
+    base = of_base(table, axis.of)
     for number, label in enumerate(names):
-        points = curve(of_label(table, label), axis.measure, lambda row: row.eval_loss)
+        points = curve(of_label(table, label), axis.measure, axis.of)
         _draw_series(axes, points, label, style(number), log=axis.in_bytes)
     if base is not None:
         axes.axhline(base, color="#777777", linewidth=0.8, dashes=(1, 2), label="base model", zorder=1)
     axes.set_xlabel(axis.title)
-    axes.set_ylabel(LOSS)
-    _cut(axes, base)
+    axes.set_ylabel(LOSS if axis.of is _loss else ACCURACY)
+    if axis.of is _loss:
+        _cut(axes, base)
     if axis.in_bytes:
         _byte_axis(axes.xaxis)
-    elif axis.name == "loss_by_rounds":
+    elif axis.name.endswith("_by_rounds"):
         axes.xaxis.get_major_locator().set_params(integer=True)
     columns = 3 if max(map(len, names)) < LONG else 2
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, handlelength=4)

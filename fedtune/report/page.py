@@ -16,11 +16,13 @@ import fedtune
 from fedtune.errors import ReportError
 from fedtune.numbers import in_bytes, in_loss, in_time
 from fedtune.report import sections
+from fedtune.report.answers import answers, answers_compared
 from fedtune.report.curve_section import compared, curves
 from fedtune.report.drawing import sign
 from fedtune.report.markup import Content, Html, cut, join, tag
 from fedtune.report.run import Run, read_run
 from fedtune.report.stylesheet import STYLE
+from fedtune.report.table import measured
 from fedtune.run_folder import replace_file
 
 NAME = "report.html"
@@ -82,7 +84,8 @@ def _of_one(run: Run) -> tuple[str, Html]:
         sections.state(run),
         sections.tiles(run),
         curves(run),
-        sections.answers(run),
+        sections.categories(run),
+        answers(run),
         sections.clients(run),
         sections.rounds(run),
         sections.events(run),
@@ -109,8 +112,8 @@ def _of_several(runs: Sequence[Run]) -> tuple[str, Html]:
         for text in (run.error, *run.problems)
         if text
     ]
-    parts = [tag("h1", title), *troubles, _summaries(runs, names), compared(runs, names), _settings(runs, names)]
-    return title, join([*parts, _digests(runs, names)])
+    parts = [tag("h1", title), *troubles, _summaries(runs, names), compared(runs, names), _categories(runs, names)]
+    return title, join([*parts, answers_compared(runs, names), _settings(runs, names), _digests(runs, names)])
 
 
 def distinct(paths: Sequence[Path]) -> list[str]:
@@ -144,6 +147,21 @@ def _summaries(runs: Sequence[Run], names: Sequence[str]) -> Html:
 
 def _from_to(before: float | None, after: float | None) -> str:
     return f"{in_loss(before)} \u2192 {in_loss(after)}"
+
+
+def _categories(runs: Sequence[Run], names: Sequence[str]) -> Html:
+    """The loss of each category after the last round, and the accuracy where it was measured, a column a run."""
+    last = [sections.of_categories(run.rows[-1]) if run.rows else {} for run in runs]
+    found = list(dict.fromkeys(name for of in last for name in of))[: sections.MOST_CATEGORIES]
+    rows = [[cut(name, sections.LONGEST_NAME) or "(none)", *(_scores(of.get(name, {})) for of in last)] for name in found]
+    note = tag("p", "Held-out loss after the last round, and accuracy where it was measured.", class_="quiet")
+    head = [("category", False), *((name, True) for name in names)]
+    return sections.heading("Categories of the held-out samples", note, sections.table(head, rows)) if rows else Html("")
+
+
+def _scores(scores: Mapping[str, object]) -> str:
+    loss, accuracy = (measured(scores.get(key)) for key in ("eval_loss", "accuracy"))
+    return in_loss(loss) + (f" ({in_loss(accuracy)})" if accuracy is not None else "")
 
 
 def _settings(runs: Sequence[Run], names: Sequence[str]) -> Html:

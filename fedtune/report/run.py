@@ -50,12 +50,13 @@ class Client:
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out sample; `prompt` and `expected` are "" in folders that do not have them."""
+    """One held-out sample; `prompt`, `expected` and `category` are "" in folders that do not have them."""
 
     prompt: str
     expected: str
     before: str | None
     after: str | None
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -270,9 +271,10 @@ def _read_generated(reader: _Reader, number: int | None) -> Mapping[str, Any]:
 
 def _answers(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[Answer]:
     before, after = _names(first.get("texts")), _names(last.get("texts"))
-    prompts, expected = (_names(last.get(key) or first.get(key)) for key in ("prompts", "references"))
+    keys = ("prompts", "references", "categories")
+    prompts, expected, categories = (_names(last.get(key) or first.get(key)) for key in keys)
     return [
-        Answer(_at(prompts, n) or "", _at(expected, n) or "", _at(before, n), _at(after, n))
+        Answer(_at(prompts, n) or "", _at(expected, n) or "", _at(before, n), _at(after, n), _at(categories, n) or "")
         for n in range(max(len(before), len(after)))
     ]
 

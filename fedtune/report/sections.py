@@ -1,4 +1,4 @@
-"""The parts of the page of one run: state, numbers, curves, clients, responses, rounds, settings, digests."""
+"""The parts of the page of one run: state, numbers, categories, clients, rounds, settings, digests."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fedtune.report.markup import Content, Html, cut, join, tag
 from fedtune.report.run import MOST_PHASES, Client, Run, phases
 from fedtune.report.table import measured
 
-MOST_CLIENTS, MOST_ROUNDS, MOST_ANSWERS, MOST_EVENTS, MOST_TEXT = 200, 400, 20, 100, 1500
+MOST_CLIENTS, MOST_ROUNDS, MOST_EVENTS, MOST_TEXT = 200, 400, 100, 1500
 LONGEST_NUMBER = 10  # characters, with its unit
 LONGEST_CELL, LONGEST_NAME = 600, 80  # characters
+MOST_CATEGORIES = 200
 MOST_PAIRS = 200  # settings or versions: more than there are, unless the folder is a stranger's
 BYTES_PER_WEIGHT = 4  # FedAvg on float32 weights, for comparison
 
@@ -66,7 +67,7 @@ def tiles(run: Run) -> Html:
     return tag("div", *found, class_="tiles")
 
 
-SCORES = (("ROUGE-L", "rouge_l"), ("exact match", "exact_match"))
+SCORES = (("accuracy", "accuracy"), ("ROUGE-L", "rouge_l"), ("exact match", "exact_match"))
 
 
 def tile(name: str, value: str, more: str = "") -> Html:
@@ -176,29 +177,26 @@ def rounds(run: Run) -> Html:
     return heading("Rounds", note, table(head, rows)) if rows else Html("")
 
 
-# ---------------------------------------------------------------------- responses
+def categories(run: Run) -> Html:
+    """Loss and accuracy of each category of the held-out samples, before and after."""
+    first, last = (of_categories(row) for row in (run.rows[0], run.rows[-1])) if run.rows else ({}, {})
+    scored = any(measured(scores.get("accuracy")) is not None for scores in last.values())
+    head = [("category", False), ("samples", True), ("loss before", True), ("after", True)]
+    head += [("accuracy before", True), ("after", True)] if scored else []
+    rows: list[list[Content]] = []
+    for name, scores in islice(last.items(), MOST_CATEGORIES):
+        keys = ("eval_loss", "accuracy") if scored else ("eval_loss",)
+        pairs = [in_loss(measured(of.get(key))) for key in keys for of in (first.get(name, {}), scores)]
+        rows.append([cut(name, LONGEST_NAME) or "(none)", _count(int(measured(scores.get("samples")) or 0)), *pairs])
+    return (
+        heading("Categories of the held-out samples", table(head, rows, left_out=len(last) - len(rows))) if rows else Html("")
+    )
 
 
-def answers(run: Run) -> Html:
-    """What the model answered to held-out prompts, before and after."""
-    if not run.answers:
-        return Html("")
-    first, last = run.answered
-    names = ("the base model" if not first else f"after round {first}", f"after round {last}" if last is not None else "")
-    left_out = len(run.answers) - MOST_ANSWERS
-    more = tag("p", f"... and {left_out} more in the run folder.", class_="quiet") if left_out > 0 else None
-    shown = []
-    for number, answer in enumerate(run.answers[:MOST_ANSWERS], start=1):
-        asked = _said(f"held-out sample {number}", answer.prompt) if answer.prompt else tag("h3", f"held-out sample {number}")
-        expected = _said("expected", answer.expected) if answer.expected else None
-        pair = [_said(name, text) for name, text in zip(names, (answer.before, answer.after), strict=True) if name]
-        shown.append(tag("div", asked, tag("div", *pair, expected, class_="pair"), class_="answer"))
-    return heading("Responses to held-out prompts", tag("div", *shown, class_="answers"), more)
-
-
-def _said(name: str, text: str | None) -> Html:
-    words = "-" if text is None else cut(text, MOST_TEXT) or "(empty)"
-    return tag("div", tag("p", name, class_="name"), tag("p", words, class_="reply", dir="auto"))
+def of_categories(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """By category: the scores that a row has of it; {} for a row without."""
+    found = row.get("categories")
+    return {str(name): of for name, of in found.items() if isinstance(of, Mapping)} if isinstance(found, Mapping) else {}
 
 
 # ---------------------------------------------------------------------- what it was made with

@@ -32,6 +32,7 @@ class Row:
         preset, algorithm, seed: which run; runs that differ in `seed` only are repetitions of one another.
         label: how the algorithm is called in figures ("FedKSeed", "LoRA, rank 8").
         eval_loss, eval_loss_sample_mean: held-out loss in nats: mean over tokens, and mean over samples of their means.
+        accuracy: share of held-out questions whose right answer is the most likely one.
         rouge_l, exact_match: of generated responses, 0 to 1.
         bytes_up, bytes_down: payload of this round, all clients together.
         cumulative_bytes: payload of rounds 0 .. `round`, both directions, all clients together.
@@ -48,6 +49,7 @@ class Row:
     round: int
     eval_loss: float | None = None
     eval_loss_sample_mean: float | None = None
+    accuracy: float | None = None
     rouge_l: float | None = None
     exact_match: float | None = None
     bytes_up: int = 0
@@ -62,6 +64,7 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 _KINDS: dict[str, str] = {field.name: str(field.type) for field in fields(Row)}  # "int", "float | None", ...
+_SCORES = ("eval_loss", "eval_loss_sample_mean", "accuracy", "rouge_l", "exact_match")
 _NEEDED = ("preset", "algorithm", "label", "seed", "round")
 
 
@@ -80,9 +83,7 @@ def rows_of(metrics: Iterable[Mapping[str, Any]], *, preset: str, algorithm: str
         seconds += _phases(line, "seconds") or 0.0
         worked = _phases(line, "cpu_seconds")
         cpu = None if cpu is None or worked is None else cpu + worked
-        scores: dict[str, Any] = {
-            name: measured(line.get(name)) for name in ("eval_loss", "eval_loss_sample_mean", "rouge_l", "exact_match")
-        }
+        scores: dict[str, Any] = {name: measured(line.get(name)) for name in _SCORES}
         counts: dict[str, Any] = {"bytes_up": up, "bytes_down": down, "cumulative_bytes": total}
         counts["serialised_bytes"] = serialised if None not in whole else None
         counts["cpu_seconds"] = None if cpu is None else round(cpu, 4)

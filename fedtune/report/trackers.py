@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,14 @@ MEASURES = {
     "eval_loss_sample_mean": "loss/held_out_sample_mean",
     "train_loss": "loss/train",
     "perplexity": "quality/perplexity",
+    "accuracy": "quality/accuracy",
     "rouge_l": "quality/rouge_l",
     "exact_match": "quality/exact_match",
     "bytes_up": "bytes/up",
     "bytes_down": "bytes/down",
 }
+
+MOST_CATEGORIES, LONGEST_CATEGORY = 200, 60  # of which the scores are logged; characters of a name
 
 _NO_NAME = re.compile(r"[^A-Za-z0-9_.-]")  # of a phase in a ledger: a slash would make a group, others are refused by mlflow
 
@@ -101,10 +105,26 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """What is logged of a row of metrics.jsonl: every finite number under a name of its own; bytes always."""
     pairs = {name: measured(metrics.get(key)) for key, name in MEASURES.items()}
     found = {"bytes/up": 0.0, "bytes/down": 0.0, **{name: value for name, value in pairs.items() if value is not None}}
+    found |= _of_categories(metrics.get("categories"))
     each = {f"seconds/{_NO_NAME.sub('_', name)}": value for name, value in phases(metrics).items()}
     refused = metrics.get("refused")
     count = len(refused) if isinstance(refused, Mapping) else 0
     return {**found, **each, "seconds/round": sum(each.values()), "clients/refused": float(count)}
+
+
+def _of_categories(categories: object) -> dict[str, float]:
+    """Loss and accuracy of each category, under its name in plain characters, numbered where two have the same."""
+    found: dict[str, float] = {}
+    names: list[str] = []
+    for name, scores in islice(categories.items(), MOST_CATEGORIES) if isinstance(categories, Mapping) else ():
+        plain = _NO_NAME.sub("_", str(name)[:LONGEST_CATEGORY]) or "none"
+        names.append(plain)
+        plain += f".{names.count(plain)}" if names.count(plain) > 1 else ""
+        for key, kind in (("eval_loss", "loss_of"), ("accuracy", "accuracy_of")):
+            value = measured(scores.get(key)) if isinstance(scores, Mapping) else None
+            if value is not None:
+                found[f"{kind}/{plain}"] = value
+    return found
 
 
 # ---------------------------------------------------------------------- one function a tracker

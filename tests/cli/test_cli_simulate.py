@@ -18,7 +18,7 @@ from rich.console import Console
 from fedtune import progress
 from fedtune.cli import demo as demo_module
 from fedtune.cli.presets import shipped
-from fedtune.cli.tables import comparison_table, result_table
+from fedtune.cli.tables import MOST_CATEGORIES, comparison_table, result_table
 from fedtune.cli.watch import watching
 from fedtune.config import RunConfig
 from fedtune.errors import Interrupted
@@ -118,6 +118,23 @@ def test_tables_stand_a_run_that_measured_little() -> None:
     assert "ROUGE-L" not in _text(result_table(bare))
     assert "held-out loss" in _text(result_table(bare))
     assert "FedAvg / payload" in _text(comparison_table({"a": bare}))
+
+
+def test_the_result_has_accuracy_and_a_line_for_each_category() -> None:
+    moods = {"samples": 3, "initial_loss": 2.0, "final_loss": 1.5, "initial_accuracy": 0.5, "final_accuracy": 0.75}
+    other = {"samples": 1, "initial_loss": 4.0, "final_loss": None, "initial_accuracy": None, "final_accuracy": None}
+    scored = {"initial_accuracy": 0.25, "final_accuracy": 1.0, "categories": {"moods\x1b[2J": moods, "": other}, "out": "x"}
+    lines = [line.rstrip() for line in _text(result_table(scored)).splitlines()]
+    assert re.fullmatch(r"accuracy +0\.2500 +1\.0000", lines[3])
+    assert re.fullmatch(r"  moods\S+ +2\.0000 +1\.5000", lines[4])
+    assert re.fullmatch(r"    accuracy +0\.5000 +0\.7500", lines[5])
+    assert re.fullmatch(r"  \(none\) +4\.0000 +-", lines[6])
+    assert "\x1b" not in "".join(lines)
+    many = {str(number): moods for number in range(MOST_CATEGORIES + 2)}
+    assert "... 2 more categories in summary.json" in _text(result_table({**scored, "categories": many}))
+    assert re.search(r"accuracy, after +1\.0000", _text(comparison_table({"a": scored})))
+    for odd in (3, [1], {"a": 5}):
+        assert "FedAvg" in _text(result_table({**scored, "categories": odd}))
 
 
 # ---------------------------------------------------------------------------------------------------- Ctrl-C

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
+import pytest
 from playback import metrics
 from rich.console import Console
 
@@ -124,11 +125,15 @@ def test_the_live_table_fits_the_terminal() -> None:
     assert "100" not in shown
 
 
-def test_rouge_has_a_column_only_where_it_is_measured() -> None:
-    with_rouge = RoundRow.of({**metrics(1, ("0",)), "rouge_l": 0.25})
+@pytest.mark.parametrize(("key", "title"), [("rouge_l", "ROUGE-L"), ("accuracy", "accuracy")])
+def test_a_score_has_a_column_only_where_it_is_measured(key: str, title: str) -> None:
+    scored = RoundRow.of({**metrics(1, ("0",)), key: 0.25})
     without = RoundRow.of(metrics(0, ()))
-    assert "ROUGE-L" in [column.header for column in round_table([without, with_rouge], 5).columns]
-    assert "ROUGE-L" not in [column.header for column in round_table([without], 5).columns]
+    table = round_table([without, scored], 5)
+    (column,) = [column for column in table.columns if column.header == title]
+    assert list(column.cells) == ["", "0.2500"]
+    assert {"ROUGE-L", "accuracy"} & {column.header for column in table.columns} == {title}
+    assert not {"ROUGE-L", "accuracy"} & {column.header for column in round_table([without], 5).columns}
 
 
 def log_of(clock: Clock, events: list[tuple[float, Event]]) -> list[str]:
@@ -143,7 +148,7 @@ def log_of(clock: Clock, events: list[tuple[float, Event]]) -> list[str]:
 
 
 def test_the_log_has_a_line_a_round() -> None:
-    rouge = {**metrics(1, ("0", "3"), {"3": "late"}), "rouge_l": 0.25}
+    rouge = {**metrics(1, ("0", "3"), {"3": "late"}), "rouge_l": 0.25, "accuracy": 0.875}
     lines = log_of(
         Clock(),
         [
@@ -163,7 +168,7 @@ def test_the_log_has_a_line_a_round() -> None:
         "ferret: 1,000,000 parameters, 2 of 8 clients a round, 10 local steps, 4 rounds, in runs/x",
         "base model, held-out loss 3.0000, 1.50 s",
         "warning: round 1, client 3: late",
-        "round 1, 1 clients (1 refused), train loss 2.5000, held-out loss 2.7500, ROUGE-L 0.2500, "
+        "round 1, 1 clients (1 refused), train loss 2.5000, held-out loss 2.7500, accuracy 0.8750, ROUGE-L 0.2500, "
         "up 100 B down 1.00 kB a client, 1.50 s",
     ]
 

@@ -105,11 +105,15 @@ def test_the_command_writes_a_table_and_figures_and_repeats_nothing(
     assert None not in (rows[1].cpu_seconds, rows[1].serialised_bytes, rows[1].peak_memory_bytes)
     assert any(path.suffix == ".svg" for path in (tmp_path / "out" / "figures").iterdir())
     with pytest.raises(SystemExit) as ended:
-        main([*command, "--against", str(tmp_path / "out" / "table.csv")])
+        main([*command, "--against", str(tmp_path / "out" / "table.csv"), "--target-loss", "1000", "--budget", "1kB"])
     said = capsys.readouterr().out
     assert ended.value.code in (0, None), said
     assert said.count("(was there)") == 2
     assert said.count("(agrees;") == 2
+    for written in (said, (tmp_path / "out" / "results.md").read_text(encoding="utf-8")):
+        assert written.index("To a held-out loss of 1000") < written.index("With 1.00 kB")
+    arms = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))["results"]
+    assert [(arm["targets"][0]["rounds"]["mean"], arm["budgets"][0]["rounds"]["mean"] > 0) for arm in arms][1] == (0, False)
 
 
 EARLIER = str(Path(__file__).parents[2] / "simulations" / "results" / "embedded.csv")

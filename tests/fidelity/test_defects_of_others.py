@@ -385,7 +385,7 @@ def test_the_best_checkpoint_is_the_round_with_the_lowest_loss(settings: Setting
         loss = next(losses)
         return Evaluation(loss, math.exp(loss), loss, 10, 2)
 
-    monkeypatch.setattr(server.rounds, "evaluate", scripted)
+    monkeypatch.setattr(server.rounds, "evaluate_heldout", scripted)
     outcome = run(settings("fedkseed", rounds=5))
     _, round, digest = load_tuned(outcome.folder, "best_coefficients.bin")
     assert (round, digest.hex()) == (4, outcome.digests[4])

@@ -37,7 +37,7 @@ IMPORTED = (accelerate, peft, transformers.models.llama.modeling_llama)  # once,
 
 Settings = dict[str, Any]
 Outcome = list[list[Any]]
-"""Of each round: digest, held-out loss, training loss, generated texts."""
+"""Of each round: digest, held-out loss, training loss, generated texts, accuracy."""
 
 # What is changed: a setting, what both runs have besides, and its other value. {NAME} is a path below the folder.
 FERRET: Settings = {"algorithm": "ferret", "K": 40, "lr": 1e-2}
@@ -104,6 +104,7 @@ TABLE: dict[str, tuple[Settings, Any]] = {
     "eval_samples": ({}, 3),
     "eval_batch_size": ({}, 1),
     "generate_samples": ({}, 1),
+    "choices": ({}, "|".join(f"{kind} {number}" for kind in ("col", "num", "sha", "siz") for number in range(13))),
     "max_new_tokens": ({"generate_samples": 1}, 2),
     "out": ({}, "{elsewhere}"),
     "resume": ({}, "{finished}"),
@@ -152,7 +153,10 @@ def outcome(config: RunConfig, folder: Path, keeper: Keeper | None = None) -> Ou
     rows = run.read_metrics()
     texts = [run.path / f"generated_round_{number}.json" for number in range(len(rows))]
     said = [json.loads(path.read_text(encoding="utf-8"))["texts"] if path.exists() else [] for path in texts]
-    return [[row["digest"], row.get("eval_loss"), row.get("train_loss"), text] for row, text in zip(rows, said, strict=True)]
+    return [
+        [row["digest"], row.get("eval_loss"), row.get("train_loss"), text, row.get("accuracy")]
+        for row, text in zip(rows, said, strict=True)
+    ]
 
 
 def fresh(runs: Sequence[Settings], folder: Path) -> list[Outcome]:
@@ -170,7 +174,7 @@ def _forked(work: Callable[[], Outcome]) -> Outcome:
         try:
             found = work()
         except BaseException as error:
-            found = [[f"{type(error).__name__}: {error}", None, None, []]]
+            found = [[f"{type(error).__name__}: {error}", None, None, [], None]]
         with os.fdopen(writing, "w") as pipe:
             json.dump(found, pipe)
         os._exit(0)

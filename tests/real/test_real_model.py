@@ -78,9 +78,7 @@ def test_two_rounds_are_estimated_run_resumed_exported_and_applied(
 
 
 @pytest.mark.parametrize("way", ["ferret", "fedkseed"])
-def test_a_vocabulary_of_150_000_needs_what_was_estimated(
-    way: str, smollm2: Path, instructions: Path, tmp_path: Path
-) -> None:
+def test_a_vocabulary_of_150_000_needs_what_was_estimated(way: str, smollm2: Path, instructions: Path, tmp_path: Path) -> None:
     """Logits of a whole batch would take as much as the model: 4 x 96 x 150,000 numbers, 230 MB, in each of several copies."""
     import shutil
 
@@ -89,7 +87,8 @@ def test_a_vocabulary_of_150_000_needs_what_was_estimated(
     (model / "model.safetensors").unlink()
     config = LlamaConfig(
         vocab_size=150_000, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1,
+        eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(model)
     asked = preset(tmp_path, model=str(model), data=str(instructions), rounds=1, **SMALL, **WAYS[way])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import MissingPackageError, ReportError
-from fedtune.report.curves import Point, base_loss, bytes_a_round, curve, labels, peaks
+from fedtune.report.curves import Point, bytes_a_round, curve, labels, of_base, peaks
 from fedtune.report.figures import figures
 from fedtune.report.styles import style
 from fedtune.report.table import Row
@@ -45,8 +45,8 @@ def test_a_point_is_the_mean_and_the_range_of_the_seeds() -> None:
 def test_what_was_not_measured_leaves_a_gap() -> None:
     rows = [Row("p", "a", "A", 0, 0, eval_loss=1.0), Row("p", "a", "A", 0, 1), Row("p", "a", "A", 0, 2, eval_loss=float("nan"))]
     assert [point.x for point in curve(rows, lambda row: row.round, lambda row: row.eval_loss)] == [0.0]
-    assert base_loss(rows) == 1.0
-    assert base_loss(rows[1:]) is None
+    assert of_base(rows, lambda row: row.eval_loss) == 1.0
+    assert of_base(rows[1:], lambda row: row.eval_loss) is None
     assert bytes_a_round(rows[:1], lambda row: row.bytes_up) is None
     assert peaks(rows, lambda row: row.peak_memory_bytes) == []
 
@@ -85,9 +85,17 @@ def test_odd_tables_are_drawn_too(tmp_path: Path, rows: list[Row]) -> None:
 
 
 def test_what_was_measured_is_drawn_and_presets_have_files_of_their_own(tmp_path: Path) -> None:
-    more = [Row("a/b", "a", "A", 0, 1, 1.0, peak_memory_bytes=10**9, serialised_bytes=5, cpu_seconds=1.0, link_seconds=2.0)]
+    costs = {"peak_memory_bytes": 10**9, "serialised_bytes": 5, "cpu_seconds": 1.0, "link_seconds": 2.0}
+    more = [Row("a/b", "a", "A", 0, 1, 1.0, accuracy=0.5, **costs)]
     found = {path.name for path in figures([*more, *table(preset="a b")], tmp_path) if path.suffix == ".svg"}
-    extra = {"memory", "loss_by_serialised_bytes", "loss_by_cpu_seconds", "loss_by_link_seconds"}
+    extra = {
+        "accuracy_by_bytes",
+        "accuracy_by_rounds",
+        "memory",
+        "loss_by_serialised_bytes",
+        "loss_by_cpu_seconds",
+        "loss_by_link_seconds",
+    }
     assert found == {f"{name}_a-b.svg" for name in NAMES | extra} | {f"{name}_a-b-2.svg" for name in NAMES}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ from run_lines import line, write_lines
 
 from fedtune.cli import main
 from fedtune.errors import ReportError, RunFolderError
+from fedtune.report.answers import spread
 from fedtune.report.markup import Html, cut, escape, join, tag
 from fedtune.report.page import MOST_RUNS, distinct, page, report
 from fedtune.report.run import Client, read_run
@@ -71,6 +73,54 @@ def test_a_whole_run_is_shown(run: RunFolder) -> None:
         assert text in shown.text, text
     assert not {"script", "link", "img", "iframe", "object"} & set(shown.names)
     assert not [value for name, value in shown.attributes if name.startswith("on") or name in ("src", "href", "style")]
+
+
+SCORED = {"samples": 3, "eval_loss": 1.25, "accuracy": 0.5}
+
+
+def test_accuracy_and_categories_are_shown_before_and_after(run: RunFolder) -> None:
+    def scored(number: int) -> dict[str, Any]:
+        categories = {"moods": {**SCORED, "accuracy": 0.25 * number}, "": {**SCORED, "eval_loss": None}}
+        return line(number, accuracy=0.3 + 0.1 * number, categories=categories)
+
+    run.write_metrics([scored(number) for number in range(4)])
+    shown = read(run.path)
+    for text in ("0.3000 \u2192 0.6000", "Scores by round", "Categories of the held-out samples", "moods", "(none)", "0.7500"):
+        assert text in shown.text, text
+    run.write_metrics([line(number, categories={"moods": {**SCORED, "accuracy": None}}) for number in range(2)])
+    assert "accuracy before" not in read(run.path).text
+    run.write_metrics([line(number, categories=odd) for number, odd in enumerate([5, {"moods": 3}])])
+    assert "Categories of" not in read(run.path).text
+
+
+def test_answers_have_their_category_and_those_that_are_right_are_marked(run: RunFolder) -> None:
+    for number, text in ((0, "This."), (4, " That.\n")):
+        told = {"texts": [text], "prompts": ["What?"], "references": ["That."], "categories": ["moods"]}
+        run.write_json(f"generated_round_{number}.json", told)
+    shown = read(run.path).text
+    assert "held-out sample 1, moods" in shown
+    assert "after round 4 \u2713" in shown
+    assert "the base model \u2713" not in shown
+
+
+def test_answers_of_several_runs_stand_below_the_same_prompts(run: RunFolder, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run.path, other)
+    RunFolder(other).write_json(
+        "generated_round_4.json", {"texts": ["another answer"], "prompts": ["What?"], "references": ["That."]}
+    )
+    both = page([read_run(run.path), read_run(other)])
+    for text in ("Responses to held-out prompts", "What?", "That.", "answer 0", "answer 4", "another answer", "the base model"):
+        assert text in both, text
+    texts = {"texts": ["another answer"], "prompts": ["Who?"], "references": ["That."]}
+    RunFolder(other).write_json("generated_round_4.json", texts)
+    assert "Responses to held-out prompts" not in page([read_run(run.path), read_run(other)])
+
+
+def test_a_few_of_many_answers_are_from_all_over() -> None:
+    assert spread(3, 5) == [0, 1, 2]
+    assert spread(100, 4) == [0, 25, 50, 75]
+    assert spread(0, 4) == []
 
 
 def test_named_nodes_do_not_stand_beside_clients_that_are_only_numbers(run: RunFolder) -> None:

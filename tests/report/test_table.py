@@ -20,7 +20,9 @@ LINES = [
     {"round": 2, "eval_loss": 1.5, "rouge_l": 0.25, "bytes_up": 20, "bytes_down": 15, "seconds": {"clients": 2.0}},
 ]
 ROWS = [
-    Row("demo", "ferret", 'Ferret, "512" = 5', 0, 0, 0.1 + 0.2, None, 0.5, 1.0, 1, 2, 2**40, None, 0.25, 1.5, 10**12, None),
+    Row(
+        "demo", "ferret", 'Ferret, "512" = 5', 0, 0, 0.1 + 0.2, None, 0.75, 0.5, 1.0, 1, 2, 2**40, None, 0.25, 1.5, 10**12, None
+    ),
     Row("demo", "local", "", -1, 1),
 ]
 finite = st.none() | st.floats(allow_nan=False, allow_infinity=False)

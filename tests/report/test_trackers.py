@@ -71,6 +71,15 @@ def test_what_is_logged_of_a_round() -> None:
         "seconds/round": 2.0,
         "clients/refused": 1.0,
     }
+    scores = {"eval_loss": 1.5, "accuracy": None}
+    found = numbers({"accuracy": 0.75, "categories": {"a b": scores, "a/b": {**scores, "accuracy": 1}, "": scores, "odd": 3}})
+    assert {key: value for key, value in found.items() if value > 0} == {
+        "quality/accuracy": 0.75,
+        "loss_of/a_b": 1.5,
+        "loss_of/a_b.2": 1.5,
+        "accuracy_of/a_b.2": 1.0,
+        "loss_of/none": 1.5,
+    }
     assert numbers({}) == {"bytes/up": 0.0, "bytes/down": 0.0, "seconds/round": 0.0, "clients/refused": 0.0}
     assert "loss/held_out" not in numbers({"eval_loss": float("nan")})
 
