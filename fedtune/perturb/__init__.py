@@ -8,7 +8,7 @@ live.py       the weights, how steps are rounded to their dtype, and steps that 
 rounding.py   stochastic rounding to 16 bits
 """
 
-from fedtune.perturb.live import RULES, LiveWeights
+from fedtune.perturb.live import RULES, LiveWeights, Where
 from fedtune.perturb.passes import WHOLE_LIMIT, Perturbation
 
-__all__ = ["RULES", "WHOLE_LIMIT", "LiveWeights", "Perturbation"]
+__all__ = ["RULES", "WHOLE_LIMIT", "LiveWeights", "Perturbation", "Where"]
