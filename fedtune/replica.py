@@ -111,9 +111,9 @@ class Replica:
         return digest
 
     @torch.no_grad()
-    def start(self, index: int) -> torch.Tensor:
-        """Tensor `index` as the last `become` wrote it, in a tensor of its own: rebuilt, the same bits."""
-        out = torch.empty_like(self.weights[index].data)
+    def start(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Tensor `index` as the last `become` wrote it: rebuilt, the same bits. In `out`, or in a tensor of its own."""
+        out = torch.empty_like(self.weights[index].data) if out is None else out
         Combination(self._pairs(self._steps)).write(index, self._source.tensors[index], out)
         self._source.release(index)
         return out

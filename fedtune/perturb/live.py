@@ -13,9 +13,8 @@ Rules for 16-bit weights (float32 weights need none, and all rules are the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -23,17 +22,11 @@ from torch.nn import Parameter
 
 from fedtune.directions import Directions
 from fedtune.layout import Layout
+from fedtune.perturb.parts import Where, cuts
 from fedtune.perturb.rounding import round_stochastically
 
 RULES = ("nearest", "stochastic", "master")
-PART = 1 << 22  # elements that are float32 at a time on a GPU, and where a direction's step is rounded stochastically
-CACHED = 1 << 16
-"""Elements for each thread of a part that a step works on, on the CPU: what the step needs of float32 beside the weights
-then stays in a core's cache, and in memory that is used again. A tensor as a whole would be given fresh memory, whose
-pages cost the system more than the arithmetic."""
-
-Where = slice | EllipsisType
-"""A part of a tensor along its first dimension; all of one that has none."""
+PART = 1 << 22  # elements that are float32 at a time where a direction is added and rounded stochastically
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ class LiveWeights:
         """
         weight = self.parameters[index].detach()
         source = weight if self._masters is None else self._masters[index]
-        for offset, part in _cuts(weight, CACHED * torch.get_num_threads() if weight.is_cpu else PART):
+        for offset, part in cuts(weight):
             wide = source[part].float()  # the memory itself where it is float32
             move(part, wide)
             self._round(index, weight[part], wide, offset)
@@ -151,7 +144,7 @@ class LiveWeights:
 
     def _add_stochastically(self, index: int, weight: Tensor, step: _Step) -> None:
         whole = step.directions.family.whole
-        for offset, part in _cuts(weight, weight.numel() if whole else PART):
+        for offset, part in cuts(weight, weight.numel() if whole else PART):
             wide = weight[part].float()
             step.directions.perturb_part(index, offset, wide, wide, step.k, step.c)
             self._round(index, weight[part], wide, offset)
@@ -161,14 +154,3 @@ class LiveWeights:
             round_stochastically(out, wide, self.layout.entries[index].origin + offset, self._draws[index], self._key)
         elif out.data_ptr() != wide.data_ptr():
             out.copy_(wide)
-
-
-def _cuts(tensor: Tensor, size: int) -> Iterator[tuple[int, Where]]:
-    """(offset of its first element, part) of a tensor along its first dimension, each of about `size` elements."""
-    if tensor.dim() == 0:
-        yield 0, ...
-        return
-    row = tensor[0].numel() if len(tensor) else 1
-    step = max(1, size // max(1, row))
-    for a in range(0, len(tensor), step):
-        yield a * row, slice(a, a + step)
