@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from benchmarks.memory import memory
 from benchmarks.models import SIZES
 from benchmarks.step import step
 
-BENCHMARKS: dict[str, Callable[[Options], list[Row]]] = {
+BENCHMARKS: dict[str, Callable[[Options], Iterable[Row]]] = {
     "add": add,
     "combine": combine,
     "project": project,
@@ -69,12 +69,11 @@ def run(names: Sequence[str], options: Options) -> list[Row]:
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows: list[Row] = []
     for benchmark in [limits.rows, *(BENCHMARKS[name] for name in names)]:
-        found = benchmark(options)
-        if options.quick:  # targets are for the full sizes
-            found = [replace(row, at_most_of_limit=None, at_least_below_baseline=None) for row in found]
-        for row in found:
+        for row in benchmark(options):
+            if options.quick:  # targets are for the full sizes
+                row = replace(row, at_most_of_limit=None, at_least_below_baseline=None)
             print(line(row), flush=True)
-        rows += found
+            rows.append(row)
     return rows
 
 

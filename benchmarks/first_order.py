@@ -37,9 +37,8 @@ ROUND_TARGET = 5.0
 """Of reading the weights once: at most so many times."""
 
 
-def first_order(options: Options) -> list[Row]:
+def first_order(options: Options) -> Iterator[Row]:
     """Milliseconds a step by method, dtype and rounding, and of a round of Ferret without its steps; for each size."""
-    rows = []
     for name, size in models(options).items():
         with tempfile.TemporaryDirectory() as folder:
             parameters = save_random(size, Path(folder))
@@ -47,11 +46,10 @@ def first_order(options: Options) -> list[Row]:
             for method in METHODS:
                 for dtype, rule in KINDS:
                     case = f"step.first-order.{method}-{_kind(dtype, rule)}-{name}"
-                    rows.append(_step(case, _config(folder, size, method, dtype, rule, options), size, conditions, options))
+                    yield _step(case, _config(folder, size, method, dtype, rule, options), size, conditions, options)
             for dtype, rule in KINDS:
                 config = _config(folder, size, "ferret", dtype, rule, options)
-                rows += _round(f"{_kind(dtype, rule)}-{name}", config, size, conditions, options)
-    return rows
+                yield from _round(f"{_kind(dtype, rule)}-{name}", config, size, conditions, options)
 
 
 def _kind(dtype: str, rule: str) -> str:
@@ -80,8 +78,8 @@ def _config(folder: str, size: Size, method: str, dtype: str, rule: str, options
 def _step(name: str, config: RunConfig, size: Size, conditions: str, options: Options) -> Row:
     if config.algorithm == "lora" and find_spec("peft") is None:
         return Row(name, "ms/step", None, None, None, "skipped: peft is not installed")
-    work = _work(config, size)
-    plain = _plain_loop(work, config)
+    work = work_of(config, size)
+    plain = plain_loop(work, config)
 
     def ours() -> None:
         with FirstOrder(work, config) as steps:
@@ -102,7 +100,7 @@ def _step(name: str, config: RunConfig, size: Size, conditions: str, options: Op
     )
 
 
-def _work(config: RunConfig, size: Size) -> LocalWork:
+def work_of(config: RunConfig, size: Size) -> LocalWork:
     """What a client works on, from the base model; nothing is sent, so the directions do not matter."""
     here = Resident(config)
     replica = here.replica
@@ -116,7 +114,7 @@ def _work(config: RunConfig, size: Size) -> LocalWork:
     )  # fmt: skip
 
 
-def _plain_loop(work: LocalWork, config: RunConfig) -> Callable[[int], None]:
+def plain_loop(work: LocalWork, config: RunConfig) -> Callable[[int], None]:
     """So many steps on the same weights; its optimiser is made anew each time, as ours is, and its master copy is not."""
     wide = config.update_rounding == "master"
     weights = list(work.weights)
@@ -124,7 +122,7 @@ def _plain_loop(work: LocalWork, config: RunConfig) -> Callable[[int], None]:
 
     def loop(steps: int) -> None:
         made = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[config.optimizer]
-        optimizer = made(held, lr=RATE, weight_decay=0.0)
+        optimizer = made(held, lr=config.lr, weight_decay=0.0)
         for _ in range(steps):
             optimizer.zero_grad()
             loss = work.loss(work.model, next(work.batches))

@@ -7,6 +7,7 @@ plain passes, those of the response only.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,9 +24,8 @@ TOGETHER = 8
 """Directions a step of `lowrank`, both points of each in passes over copies of the batch, against as many plain passes."""
 
 
-def step(options: Options) -> list[Row]:
+def step(options: Options) -> Iterator[Row]:
     """Milliseconds a step, for each family that has kernels; those with a target also on the larger model."""
-    rows = []
     for name, size in models(options).items():
         with tempfile.TemporaryDirectory() as folder:
             parameters = save_random(size, Path(folder))
@@ -37,8 +37,7 @@ def step(options: Options) -> list[Row]:
                         _row(f"step.{family}{suffix}", _config(folder, size, family, 1, options), size, conditions, options)
                     )
             config = _config(folder, size, "lowrank", TOGETHER, options)
-            rows.append(_row(f"step.lowrank-{TOGETHER}{suffix}", config, size, conditions, options))
-    return rows
+            yield _row(f"step.lowrank-{TOGETHER}{suffix}", config, size, conditions, options)
 
 
 def _config(folder: str, size: Size, family: str, directions: int, options: Options) -> RunConfig:
@@ -76,9 +75,9 @@ def _row(name: str, config: RunConfig, size: Size, conditions: str, options: Opt
     target = TARGETS[config.family]
     repeats = options.repeats if target else options.slow_repeats
     seconds = alternate(cases, min(repeats, size.repeats(options)), options.device, options.clock)
-    several = (
-        f", {directions} directions a step; baseline scaled from 1, limit is {2 * directions} passes" if directions > 1 else ""
-    )
+    conditions += f", {steps} steps a measurement"
+    if directions > 1:
+        conditions += f", {directions} directions a step; baseline scaled from 1, limit is {2 * directions} passes"
     return Row(
         name,
         "ms/step",
