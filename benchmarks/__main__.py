@@ -69,9 +69,9 @@ def run(names: Sequence[str], options: Options) -> list[Row]:
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows: list[Row] = []
     for benchmark in [limits.rows, *(BENCHMARKS[name] for name in names)]:
-        for row in benchmark(options):
-            if options.quick:  # targets are for the full sizes
-                row = replace(row, at_most_of_limit=None, at_least_below_baseline=None)
+        for found in benchmark(options):
+            # targets are for the full sizes
+            row = replace(found, at_most_of_limit=None, at_least_below_baseline=None) if options.quick else found
             print(line(row), flush=True)
             rows.append(row)
     return rows

@@ -33,9 +33,8 @@ def step(options: Options) -> Iterator[Row]:
             suffix = "-135M" if name == "135M" else ""
             for family, target in TARGETS.items():
                 if target or not suffix:
-                    rows.append(
-                        _row(f"step.{family}{suffix}", _config(folder, size, family, 1, options), size, conditions, options)
-                    )
+                    config = _config(folder, size, family, 1, options)
+                    yield _row(f"step.{family}{suffix}", config, size, conditions, options)
             config = _config(folder, size, "lowrank", TOGETHER, options)
             yield _row(f"step.lowrank-{TOGETHER}{suffix}", config, size, conditions, options)
 
