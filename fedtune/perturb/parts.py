@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Where = slice | EllipsisType
-"""A part of a tensor along its first dimension; all of one that has none."""
+"""A part of a tensor along its first dimension, or all of it."""
 
 CACHED = 1 << 16  # elements for each thread of a part on the CPU: 256 KiB of float32, of a few such a step
 ON_GPU = 1 << 22  # elements of a part on a GPU, where every operation on one costs a launch
@@ -26,11 +26,11 @@ def cuts(tensor: Tensor, size: int = 0) -> Iterator[tuple[int, Where]]:
         tensor: of any shape and strides.
         size: elements of a part, about; 0: what the tensor's device works on best.
     """
-    if tensor.dim() == 0:
+    size = size or (CACHED * torch.get_num_threads() if tensor.is_cpu else ON_GPU)
+    if tensor.dim() == 0 or tensor.numel() <= size:  # most tensors of adapters: nothing to cut
         yield 0, ...
         return
-    size = size or (CACHED * torch.get_num_threads() if tensor.is_cpu else ON_GPU)
-    row = tensor[0].numel() if len(tensor) else 1
+    row = tensor[0].numel()
     step = max(1, size // max(1, row))
     for a in range(0, len(tensor), step):
         yield a * row, slice(a, a + step)
