@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ import torch
 from benchmarks import limits
 from benchmarks.directions import add, combine, project
 from benchmarks.dtype import dtype
+from benchmarks.first_order import first_order
 from benchmarks.measure import Options, Row
 from benchmarks.memory import memory
+from benchmarks.models import SIZES
 from benchmarks.step import step
 
-BENCHMARKS: dict[str, Callable[[Options], list[Row]]] = {
+BENCHMARKS: dict[str, Callable[[Options], Iterable[Row]]] = {
     "add": add,
     "combine": combine,
     "project": project,
     "step": step,
+    "first-order": first_order,
     "memory": memory,
     "dtype": dtype,
 }
@@ -41,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--K", type=int, default=defaults.pool, dest="pool", help="seeds in the pool")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="local steps of dtype")
     parser.add_argument("--repeats", type=int, default=defaults.repeats, help="medians are over this many runs of each")
+    sizes = f"models of step and first-order, of {', '.join(SIZES)}; all of them by default"
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=defaults.sizes, help=sizes)
+    cpu_time = "measure the processor's time of step and first-order, of all threads: other work on the machine counts less"
+    parser.add_argument("--cpu-time", action="store_true", help=cpu_time)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(cuda), help="cpu or cuda; cuda if it is there")
@@ -56,17 +63,17 @@ def run(names: Sequence[str], options: Options) -> list[Row]:
     """The machine's limits and the named benchmarks; each line is printed as soon as it is known."""
     torch.set_num_threads(options.threads)
     load = f", load average {os.getloadavg()[0]:.1f} before" if hasattr(os, "getloadavg") else ""
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, {options.device}{load}; medians.")
+    clock = ", steps in CPU time" if options.cpu_time else ""
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, {options.device}{load}; medians{clock}.")
     print("\n| benchmark | ours | official | limit | unit | official / ours | ours / limit | target | met | conditions |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows: list[Row] = []
     for benchmark in [limits.rows, *(BENCHMARKS[name] for name in names)]:
-        found = benchmark(options)
-        if options.quick:  # targets are for the full sizes
-            found = [replace(row, at_most_of_limit=None, at_least_below_baseline=None) for row in found]
-        for row in found:
+        for found in benchmark(options):
+            # targets are for the full sizes
+            row = replace(found, at_most_of_limit=None, at_least_below_baseline=None) if options.quick else found
             print(line(row), flush=True)
-        rows += found
+            rows.append(row)
     return rows
 
 

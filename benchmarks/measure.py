@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 Case = Callable[[], object]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Options:
         threads: of torch, and so of the directions.
         device: of weights and models.
         steps: local steps of the dtype benchmark.
+        sizes: names of the models that steps are measured on (`models.SIZES`).
+        cpu_time: on the CPU, time is that of all threads and not of the clock on the wall.
         quick: sizes of a smoke test; its figures mean nothing.
     """
 
@@ -33,7 +36,14 @@ class Options:
     threads: int = 2
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     steps: int = 300
+    sizes: Sequence[str] = ("25M", "135M")
+    cpu_time: bool = False
     quick: bool = False
+
+    @property
+    def clock(self) -> Clock:
+        """What tells the time on the CPU, in seconds."""
+        return time.process_time if self.cpu_time else time.perf_counter
 
     @property
     def slow_repeats(self) -> int:
@@ -99,7 +109,9 @@ class Row:
         }
 
 
-def alternate(cases: Mapping[str, Case], repeats: int, device: torch.device) -> dict[str, float]:
+def alternate(
+    cases: Mapping[str, Case], repeats: int, device: torch.device, clock: Clock = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each case: all run once unmeasured, then `repeats` times in turn, so that a slow minute of the
     machine falls on all of them."""
     for case in cases.values():
@@ -107,16 +119,16 @@ def alternate(cases: Mapping[str, Case], repeats: int, device: torch.device) -> 
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
-            seconds[name].append(_timed(case, device))
+            seconds[name].append(_timed(case, device, clock))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _timed(case: Case, device: torch.device) -> float:
+def _timed(case: Case, device: torch.device, clock: Clock) -> float:
     """Seconds of one run; on a GPU between two events of its stream, so that all queued work is in."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         case()
-        return time.perf_counter() - start
+        return clock() - start
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     before.record()

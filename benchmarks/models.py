@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from benchmarks.measure import Options
 from fedtune.algorithms import LocalWork
 from fedtune.coefficients import Coefficients
 from fedtune.config import RunConfig
@@ -29,26 +30,48 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama by its width (64 a head), number of layers, and tokens of the sample, of which the first quarter is prompt."""
+    """A Llama by its width (64 a head), number of layers, and tokens of the sample, of which the first quarter is prompt.
+
+    Attributes:
+        key_value_heads: 0: as many as heads.
+        steps: local steps of one measurement.
+        most_repeats: of a measurement, where each takes many seconds.
+    """
 
     hidden: int
     layers: int
     tokens: int
+    vocabulary: int = VOCABULARY
+    key_value_heads: int = 0
+    steps: int = 4
+    most_repeats: int = 9
+
+    def repeats(self, options: Options) -> int:
+        """Times that each case is measured."""
+        return min(options.repeats, self.most_repeats)
 
 
 STEP = Size(384, 11, 256)  # 25.8 M parameters
+SMOLLM2 = Size(576, 30, 256, vocabulary=49152, key_value_heads=3, steps=2, most_repeats=3)  # 134.5 M, SmolLM2-135M's shape
 MEMORY = Size(768, 12, 256)  # 97.5 M parameters
-QUICK = Size(64, 2, 32)
+QUICK = Size(64, 2, 32, steps=1)
+SIZES = {"25M": STEP, "135M": SMOLLM2}
+
+
+def models(options: Options) -> dict[str, Size]:
+    """By name: the models on which steps are measured."""
+    return {"quick": QUICK} if options.quick else {name: SIZES[name] for name in options.sizes}
 
 
 def save_random(size: Size, folder: Path) -> int:
     """Write a random float32 Llama (tied embeddings) and the embedded model's tokenizer; returns its parameters."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=size.vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.hidden * 8 // 3,
         num_hidden_layers=size.layers,
         num_attention_heads=size.hidden // 64,
+        num_key_value_heads=size.key_value_heads or size.hidden // 64,
         max_position_embeddings=max(512, size.tokens),
         tie_word_embeddings=True,
     )
@@ -100,17 +123,25 @@ class Client:
 
     def round(self) -> Update:
         """What a worker does in a round: rebuild the model of the instruction, run the local steps."""
-        self._started = self._work()
+        self._started = None
         return self.local_update()
 
     def local_update(self) -> Update:
         """The local steps alone, from the weights as they are, those of the instruction the first time."""
-        self._started = self._started or self._work()
+        return self.resident.algorithm.local_update(self.work(), self.config, self.instruction())
+
+    def work(self) -> LocalWork:
+        """What the client works on since the last `round`; the model of the instruction, rebuilt, the first time."""
+        if self._started is None:
+            self._started = self.resident.work(self.config, "client", self._samples, 1, self.coefficients())
+        return self._started
+
+    def instruction(self) -> Instruction:
+        """What the server asks for."""
         model, here = self.coefficients(), self.resident
         digest = model.digest(here.replica.fingerprint)
         weights = self.draw_weights()
-        instruction = Instruction(1, here.replica.fingerprint, self.layout.digest, digest, 0, model.pools, weights)
-        return here.algorithm.local_update(self._started, self.config, instruction)
+        return Instruction(1, here.replica.fingerprint, self.layout.digest, digest, 0, model.pools, weights)
 
     def coefficients(self) -> Coefficients:
         """The model of the state, as the server publishes it."""
@@ -119,6 +150,3 @@ class Client:
     def draw_weights(self) -> npt.NDArray[np.uint16]:
         """The chance of each seed, as the server sends it."""
         return self.resident.algorithm.draw_weights(self._state)
-
-    def _work(self) -> LocalWork:
-        return self.resident.work(self.config, "client", self._samples, 1, self.coefficients())

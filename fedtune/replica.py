@@ -114,9 +114,9 @@ class Replica:
         return digest
 
     @torch.no_grad()
-    def start(self, index: int) -> torch.Tensor:
-        """Tensor `index` as the last `become` wrote it, in a tensor of its own: rebuilt, the same bits."""
-        out = torch.empty_like(self.weights[index].data)
+    def start(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Tensor `index` as the last `become` wrote it: rebuilt, the same bits. In `out`, or in a tensor of its own."""
+        out = torch.empty_like(self.weights[index].data) if out is None else out
         if self._again is None:
             self._again = Combination(self._pairs(self._steps))
         self._again.write(index, self._source.tensors[index], out)

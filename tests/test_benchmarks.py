@@ -6,15 +6,18 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import limits, official
+from benchmarks import first_order, limits, official
 from benchmarks.__main__ import line, main, run
 from benchmarks.measure import Options, Row, alternate
-from benchmarks.models import QUICK, save_random
+from benchmarks.models import QUICK, SIZES, models, save_random
+from fedtune.algorithms.first_order import FirstOrder
+from fedtune.config import RunConfig
 from fedtune.directions import Directions, Pool
 from fedtune.layout import Layout
 
@@ -38,19 +41,26 @@ def test_rows_are_complete_and_their_ratios_follow_from_their_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FEDTUNE_SHARED", str(tmp_path))
+    monkeypatch.setattr(first_order, "KINDS", first_order.KINDS[-1:])
     file = tmp_path / "rows.json"
     main(["project", "--quick", "--threads", "1", "--device", "cpu", "--json", str(file)])
     written = json.loads(file.read_text(encoding="utf-8"))
     assert all(set(row) == FIELDS for row in written)
-    rows = [*written, *(row.as_mapping() for row in run(["add", "combine", "step", "dtype"], OPTIONS))]
+    rows = [*written, *(row.as_mapping() for row in run(["add", "combine", "step", "first-order", "dtype"], OPTIONS))]
     names = [row["name"] for row in rows]
     assert {"limits.scale", "add.hadamard", "combine.hadamard", "project.gaussian", "step.hadamard"} <= set(names)
+    assert {f"step.first-order.{method}-bfloat16-master-quick" for method in first_order.METHODS} <= set(names)
+    assert {"round.ferret-both-bfloat16-master-quick", "step.lowrank-8"} <= set(names)
     for row in rows:
         if row["ours"] is None:
             assert row["name"].startswith("limits.") or row["conditions"].startswith("skipped: no shared model")
             continue
-        assert min(row["ours"], row["baseline"], row["limit"]) > 0
-        assert math.isclose(row["ratio_to_baseline"], row["baseline"] / row["ours"])
+        assert min(row["ours"], row["limit"]) > 0
+        if row["name"].startswith(("step.first-order.", "round.")):
+            assert row["baseline"] is None, "what they are held to is a plain loop, and memory"
+        else:
+            assert row["baseline"] > 0
+            assert math.isclose(row["ratio_to_baseline"], row["baseline"] / row["ours"])
         assert math.isclose(row["ratio_to_limit"], row["ours"] / row["limit"])
         assert row["met"] is None, "quick runs are not held to targets"
     printed = capsys.readouterr().out
@@ -70,6 +80,43 @@ def test_cases_take_turns() -> None:
     order: list[str] = []
     alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, torch.device("cpu"))
     assert order == ["a", "b"] * 3
+
+
+def test_time_is_told_by_the_clock_that_was_asked_for() -> None:
+    ticks = iter(range(0, 100, 7))
+    assert alternate({"a": lambda: None}, 3, torch.device("cpu"), lambda: float(next(ticks))) == {"a": 7.0}
+    assert Options(cpu_time=True).clock is time.process_time
+    assert Options().clock is time.perf_counter
+
+
+def test_steps_are_measured_on_the_models_that_were_asked_for() -> None:
+    assert models(Options()) == SIZES
+    assert models(Options(sizes=("135M",))) == {"135M": SIZES["135M"]}
+    assert models(OPTIONS) == {"quick": QUICK}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "lr"),
+    [("sgd", "float32", 1e-2), ("adamw", "float32", 1e-4), ("sgd", "bfloat16", 1.0), ("adamw", "bfloat16", 1e-3)],
+)
+def test_the_plain_loop_takes_the_steps_that_ours_are_held_to(tmp_path: Path, optimizer: str, dtype: str, lr: float) -> None:
+    """The same change of the weights in two steps but for rounding, with a master copy where they have 16 bits."""
+    save_random(QUICK, tmp_path)
+    rounding = {"update_rounding": "master"} if dtype == "bfloat16" else {}
+    config = RunConfig(
+        model=str(tmp_path), algorithm="ferret", optimizer=optimizer, dtype=dtype, lr=lr, max_length=32, threads=1, **rounding
+    )
+    one, other = (first_order.work_of(config, QUICK) for _ in range(2))
+    with FirstOrder(one, config) as steps:
+        steps.take()
+        steps.take()
+    first_order.plain_loop(other, config)(2)
+    start, ours, theirs = (
+        torch.cat([weight.detach().float().flatten() for weight in work.weights])
+        for work in (first_order.work_of(config, QUICK), one, other)
+    )
+    assert (ours - theirs).norm() < 0.02 * (ours - start).norm()
+    assert all(weight.grad is None for weight in other.weights)
 
 
 def test_tensors_have_as_many_elements_as_asked() -> None:

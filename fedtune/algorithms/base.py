@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -64,6 +64,14 @@ class State:
 _PUBLISHED: WeakKeyDictionary[State, tuple[int, Coefficients]] = WeakKeyDictionary()
 
 
+class Start(Protocol):
+    """Tensor `index` as it was before a client's local steps."""
+
+    def __call__(self, index: int, out: torch.Tensor | None = None, /) -> torch.Tensor:
+        """In `out`, a tensor of its shape and dtype, or in one of its own; not to be written then."""
+        ...
+
+
 @dataclass(frozen=True)
 class LocalWork:
     """What a client works on in a round; the weights are those of the instruction when `local_update` starts.
@@ -76,7 +84,7 @@ class LocalWork:
         perturbation: runs the model at w + c z without writing w.
         client: stable id; names the client's random streams.
         examples: training samples that the client owns.
-        start: tensor `index` as it was when `local_update` started, computed when it is asked for (see `Replica.start`);
+        start: what each tensor was when `local_update` started, computed when it is asked for (see `Replica.start`);
             None: an algorithm that needs it copies the weights.
         losses: (model, batch, copies) -> the loss of each of so many copies of the batch, run as one batch, where the model
             may treat every copy differently; None: points are evaluated one by one.
@@ -91,7 +99,7 @@ class LocalWork:
     perturbation: Perturbation
     client: str
     examples: int
-    start: Callable[[int], torch.Tensor] | None = None
+    start: Start | None = None
     losses: Callable[[torch.nn.Module, Batch, int], torch.Tensor] | None = None
     deadline: float = math.inf
 

@@ -19,7 +19,7 @@ which is server_lr * 1/(3 K_l) * g z: a third of the update.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -38,7 +38,7 @@ from fedtune.wire import Instruction, Kind, Status, Update
 
 I64 = npt.NDArray[np.int64]
 LARGEST_COUNT = 65535  # counts travel as 16-bit numbers
-NORM_PIECE = 1 << 22  # elements whose squares are summed at once: 32 MiB of float64
+NORM_PIECE = 1 << 16  # elements whose squares are summed at once: 512 KiB of float64, which stay in a core's cache
 LEAST_NORM = 0.01  # of the largest block's norm: what a block counts for at least where the server divides K
 OFFICIAL_LEAST = 2  # coordinates of any block in the official code, also of one that did not move
 OFFICIAL_FLOOR = 1e-8  # the largest norm counts as at least this in the official code
@@ -67,25 +67,40 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
     )
 
 
-def project(
-    work: LocalWork, deltas: Sequence[torch.Tensor], config: RunConfig, instruction: Instruction
-) -> tuple[I64, F64] | None:
+def project(work: LocalWork, change: Change, config: RunConfig, instruction: Instruction) -> tuple[I64, F64] | None:
     """int64 [L] counts K_l and float64 [sum K_l] coordinates of the local update, block by block, seeds ascending.
 
-    `deltas` is walked twice. None: it is not finite.
+    Where coordinates of all seeds cost what those of some do, `change` is walked once and they are chosen after it; else
+    twice, first for the norms that the choice depends on. None: the change is not finite.
     """
     directions = work.directions
     layout, pool = directions.layout, directions.pool
     squares = np.zeros(layout.blocks)
-    for entry, delta in zip(layout.entries, deltas, strict=True):
-        parts = torch.split(delta.reshape(-1), NORM_PIECE)
-        squares[entry.block] += math.fsum(float(part.double().square_().sum()) for part in parts)
+    once = directions.family.fast_combine
+    table = np.zeros(0)
+    if once:
+        table = directions.project(_measured(change, layout, squares), np.ones((layout.blocks, pool.size), dtype=np.bool_))
+    else:
+        for _ in _measured(change, layout, squares):
+            pass
     if not np.isfinite(squares).all():
         return None
     counts = _counts(np.sqrt(squares), layout, pool.size, config, instruction)
     wanted = chosen_seeds(config, instruction.round, work.client, counts, pool.size)
-    table = directions.project(enumerate(deltas), wanted)
+    if not once:
+        table = directions.project(enumerate(change) if directions.family.whole else change.walk(), wanted)
     return counts, table[wanted]
+
+
+def _measured(change: Change, layout: Layout, squares: F64) -> Iterator[tuple[int, torch.Tensor]]:
+    """The walk over `change`; adds the sum of squares of each tensor to its block's. Ends at one that is not finite."""
+    for index, delta in change.walk():
+        parts = torch.split(delta.reshape(-1), NORM_PIECE)
+        square = math.fsum(float(part.double().square_().sum()) for part in parts)
+        squares[layout.entries[index].block] += square
+        if not math.isfinite(square):
+            return
+        yield index, delta
 
 
 def _nothing(work: LocalWork, config: RunConfig, instruction: Instruction) -> tuple[I64, F64]:

@@ -8,6 +8,7 @@ weights in size: `clip_norm` (the norm is that of all) and `accumulate` above 1 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -18,8 +19,11 @@ from torch.nn import Parameter
 
 from fedtune.algorithms.base import LocalWork
 from fedtune.config import RunConfig
-from fedtune.perturb import LiveWeights
+from fedtune.perturb import LiveWeights, Where
 from fedtune.progress import ClientStep, check_stop, emit
+
+Move = Callable[[Where, Tensor], object]
+"""Changes a part of a tensor, which it is given in float32."""
 
 BETAS = (0.9, 0.999)  # AdamW's, its usual ones
 EPSILON = 1e-8  # AdamW's
@@ -47,29 +51,49 @@ class Optimizer:
         if self.rule == "sgd" and self.live.rule == "nearest":
             weight.add_(gradient, alpha=-self.lr * scale)  # in float32 and rounded once, without a float32 copy
             return
-        wide = self.live.wide(index)
-        if self.rule == "sgd":
-            wide.add_(gradient, alpha=-self.lr * scale)
-        elif self.rule == "momentum":
-            (velocity,) = self._zeros(index, weight, 1)
-            velocity.mul_(self.momentum).add_(gradient, alpha=scale)
-            wide.add_(velocity, alpha=-self.lr)
-        else:
-            self._adamw(index, wide, gradient.float() * scale if scale != 1.0 else gradient.float())
-        self.live.write(index, wide)
+        moves = {"sgd": self._sgd, "momentum": self._momentum, "adamw": self._adamw}
+        self.live.change(index, moves[self.rule](index, weight, gradient, scale))
 
-    def _adamw(self, index: int, wide: Tensor, gradient: Tensor) -> None:
-        mean, square = self._zeros(index, wide, 2)
+    def _sgd(self, index: int, weight: Tensor, gradient: Tensor, scale: float) -> Move:
+        return lambda part, wide: wide.add_(gradient[part], alpha=-self.lr * scale)
+
+    def _momentum(self, index: int, weight: Tensor, gradient: Tensor, scale: float) -> Move:
+        (velocities,) = self._zeros(index, weight, 1)
+
+        def move(part: Where, wide: Tensor) -> None:
+            velocity = velocities[part]
+            velocity.mul_(self.momentum).add_(gradient[part], alpha=scale)
+            wide.add_(velocity, alpha=-self.lr)
+
+        return move
+
+    def _adamw(self, index: int, weight: Tensor, gradient: Tensor, scale: float) -> Move:
+        means, squares = self._zeros(index, weight, 2)
         count = self._steps[index] = self._steps.get(index, 0) + 1
-        mean.lerp_(gradient, 1 - BETAS[0])
-        square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        denominator = square.sqrt().div_(math.sqrt(1 - BETAS[1] ** count)).add_(EPSILON)
-        wide.addcdiv_(mean, denominator, value=-self.lr / (1 - BETAS[0] ** count))
+        correction, rate = math.sqrt(1 - BETAS[1] ** count), self.lr / (1 - BETAS[0] ** count)
+
+        def move(part: Where, wide: Tensor) -> None:
+            mean, square, now = means[part], squares[part], gradient[part].float()
+            if scale != 1.0:
+                now = now * scale
+            mean.lerp_(now, 1 - BETAS[0])
+            square.mul_(BETAS[1]).addcmul_(now, now, value=1 - BETAS[1])
+            denominator = square.sqrt().div_(correction).add_(EPSILON)
+            wide.addcdiv_(mean, denominator, value=-rate)
+
+        return move
 
     def _zeros(self, index: int, weight: Tensor, count: int) -> tuple[Tensor, ...]:
         if index not in self._state:
             self._state[index] = tuple(torch.zeros_like(weight, dtype=torch.float32) for _ in range(count))
         return self._state[index]
+
+
+def is_finite(gradient: Tensor) -> bool:
+    """Whether all of it is, and the sum of its squares too; in one pass, without a copy in another dtype."""
+    if gradient.dtype == torch.float16 and gradient.numel():  # a norm above 65,504 would not fit the dtype that it comes in
+        return bool(torch.stack(torch.aminmax(gradient)).isfinite().all())
+    return math.isfinite(float(torch.linalg.vector_norm(gradient)))
 
 
 def descend(work: LocalWork, config: RunConfig) -> tuple[list[float], bool]:
@@ -138,7 +162,7 @@ class FirstOrder:
         """Called in the backward pass when the gradient of a tensor, tied uses included, is complete."""
         gradient, weight.grad = weight.grad, None
         if gradient is not None and self._finite:
-            self._finite = math.isfinite(float(torch.linalg.vector_norm(gradient, dtype=torch.float32)))
+            self._finite = is_finite(gradient)
             if self._finite:
                 self.optimizer.step(index, weight, gradient)
 

@@ -13,7 +13,7 @@ Rules for 16-bit weights (float32 weights need none, and all rules are the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,11 @@ from torch.nn import Parameter
 
 from fedtune.directions import Directions
 from fedtune.layout import Layout
+from fedtune.perturb.parts import Where, cuts
 from fedtune.perturb.rounding import round_stochastically
 
 RULES = ("nearest", "stochastic", "master")
-PART = 1 << 22  # elements that are float32 at a time where 16-bit weights are rounded stochastically
+PART = 1 << 22  # elements that are float32 at a time where a direction is added and rounded stochastically
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,19 @@ class LiveWeights:
         """Tensor `index` as the steps left it: the master copy where there is one. Not to be written."""
         return self.parameters[index].detach() if self._masters is None else self._masters[index]
 
-    def wide(self, index: int) -> Tensor:
-        """Tensor `index` in float32, to be changed and handed to `write`: the memory itself where it is float32."""
-        return self.value(index).float()
+    def change(self, index: int, move: Callable[[Where, Tensor], object]) -> None:
+        """Tensor `index` as `move` leaves it, rounded by the rule.
 
-    def write(self, index: int, wide: Tensor) -> None:
-        """Tensor `index` = `wide` (float32), rounded by the rule."""
-        parameter = self.parameters[index].detach()
-        if self._masters is not None and self._masters[index].data_ptr() != wide.data_ptr():
-            self._masters[index].copy_(wide)
-        self._round(index, parameter, wide, 0)
+        Args:
+            index: of the tensor.
+            move: called with each part of the tensor in turn, and the part in float32, which it changes in place.
+        """
+        weight = self.parameters[index].detach()
+        source = weight if self._masters is None else self._masters[index]
+        for offset, part in cuts(weight):
+            wide = source[part].float()  # the memory itself where it is float32
+            move(part, wide)
+            self._round(index, weight[part], wide, offset)
         self._draws[index] += 1
 
     # ------------------------------------------------------------------ rounding
@@ -140,24 +144,13 @@ class LiveWeights:
 
     def _add_stochastically(self, index: int, weight: Tensor, step: _Step) -> None:
         whole = step.directions.family.whole
-        for offset, part in [(0, weight)] if whole else _parts(weight):
-            wide = part.float()
+        for offset, part in cuts(weight, weight.numel() if whole else PART):
+            wide = weight[part].float()
             step.directions.perturb_part(index, offset, wide, wide, step.k, step.c)
-            self._round(index, part, wide, offset)
+            self._round(index, weight[part], wide, offset)
 
     def _round(self, index: int, out: Tensor, wide: Tensor, offset: int) -> None:
         if self.rule == "stochastic" and out.dtype != torch.float32:
             round_stochastically(out, wide, self.layout.entries[index].origin + offset, self._draws[index], self._key)
         elif out.data_ptr() != wide.data_ptr():
             out.copy_(wide)
-
-
-def _parts(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(offset, part) of a tensor along its first dimension, each of about PART elements."""
-    if tensor.dim() == 0:
-        yield 0, tensor
-        return
-    row = tensor[0].numel() if len(tensor) else 1
-    step = max(1, PART // max(1, row))
-    for a in range(0, len(tensor), step):
-        yield a * row, tensor[a : a + step]

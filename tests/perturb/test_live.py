@@ -176,9 +176,7 @@ def test_written_values_are_rounded_by_the_rule(rule: str) -> None:
     weights.begin(rule, 3)
     goal = parameters[0].detach().float() + 1e-5
     for _ in range(3):
-        wide = weights.wide(0)
-        wide += 1e-5
-        weights.write(0, wide)
+        weights.change(0, lambda part, wide: wide.add_(1e-5))
     if rule == "master":
         assert torch.allclose(weights.value(0), goal + 2e-5, atol=1e-6)
     near = (goal + 2e-5).to(torch.float16)
