@@ -2,7 +2,7 @@
 #
 #   make demo                            environment, then two federated runs on the embedded model (CPU, a minute)
 #   make test                            environment, then ruff, mypy and the tests, but for those of the next line and for GPUs
-#   make test-deployment                 environment, then the tests that start deployments, kill processes or train for minutes
+#   make test-deployment                 environment, then the tests that start deployments, kill processes, use a real model or train for minutes
 #   .venv/bin/python -m pytest -m fuzz   many more hostile inputs than make test tries (docs/wire.md)
 #   make clean                           remove the environment and the caches; runs/ stays
 #
@@ -29,11 +29,11 @@ demo: $(VENV)/.stamp-package
 
 test: check
 	@echo "== tests"
-	@$(BIN)/python -m pytest -q -m "not gpu and not deployment and not faults and not long and not fuzz" -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -q -m "not gpu and not deployment and not faults and not long and not fuzz and not real" -n 2 --dist worksteal
 
 test-deployment: $(VENV)/.stamp-dev
-	@echo "== tests of deployments, of processes that die, and long ones (nginx is needed: apt install nginx-light)"
-	@$(BIN)/python -m pytest -q -m "(deployment or faults or long) and not gpu and not fuzz"
+	@echo "== tests of deployments, of processes that die, of a real model, and long ones (nginx is needed: apt install nginx-light)"
+	@$(BIN)/python -m pytest -q -m "(deployment or faults or long or real) and not gpu and not fuzz"
 
 check: $(VENV)/.stamp-dev
 	@echo "== ruff"

@@ -5,6 +5,7 @@ Over all settings, so that a new one fails here until it has another value in th
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -61,19 +62,35 @@ def _spoil(model: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> Callable[[Settings], Outcome]:
+def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Settings], Outcome]:
     """The outcome of settings in a fresh process."""
     runs = [settings for key in KEYS for settings in pair(key)]
     different = {_name(settings): settings for settings in runs}
-    asked = json.dumps(list(different.values()))
+    outcomes = _once_for_all_workers(tmp_path_factory, lambda: _asked_of_fresh_processes(list(different.values()), folder))
+    found = dict(zip(different, json.loads(outcomes), strict=True))
+    return lambda settings: found[_name(settings)]
+
+
+def _asked_of_fresh_processes(runs: Sequence[Settings], folder: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.laws.history", str(folder)],
-        input=asked, capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
+        input=json.dumps(runs), capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = dict(zip(different, json.loads(done.stdout.splitlines()[-1]), strict=True))
-    return lambda settings: found[_name(settings)]
+    return done.stdout.splitlines()[-1]
+
+
+def _once_for_all_workers(factory: pytest.TempPathFactory, make: Callable[[], str]) -> str:
+    """What `make` gives: pytest's workers, each of which has a folder in one of them all, make it once."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make()
+    kept = factory.getbasetemp().parent / "outcomes-of-fresh-processes.json"
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_text(make(), encoding="utf-8")
+        return kept.read_text(encoding="utf-8")
 
 
 def _name(settings: Settings) -> str:

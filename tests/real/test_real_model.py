@@ -52,8 +52,10 @@ def preset(folder: Path, **settings: object) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [("ferret", "bfloat16"), ("fedkseed", "bfloat16"), ("ferret", "float32"), ("fedavg", "float32"), ("lora", "float32")],
+)
 def test_two_rounds_are_estimated_run_resumed_exported_and_applied(
     way: str, dtype: str, smollm2: Path, instructions: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +73,7 @@ def test_two_rounds_are_estimated_run_resumed_exported_and_applied(
     assert export_run(run, tmp_path / "tuned").digest == after["digest"]
     if way in ("ferret", "fedkseed"):  # the others have no coefficients over directions to send
         export_delta(run, tmp_path / "tuned.delta")
-        applied = apply_delta(tmp_path / "tuned.delta", tmp_path / "applied", base=str(smollm2))
+        applied = apply_delta(str(smollm2), tmp_path / "tuned.delta", tmp_path / "applied")
         assert applied.digest == after["digest"]
         for name in ("model.safetensors", "config.json"):
             assert (tmp_path / "applied" / name).read_bytes() == (tmp_path / "tuned" / name).read_bytes()
