@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from playback import Outcome, metrics
 
-from fedtune.cli.compare import _as_markdown, _as_table
+from fedtune.cli.compare_tables import results_sheet
 from fedtune.cli.lines import LineLog
 from fedtune.cli.live import LiveRun
 from fedtune.cli.screen import Screen
@@ -178,9 +178,10 @@ def test_live_table_and_results_are_text(text: str) -> None:
         view(event)
         _drawn(LiveRun(view))
     result = Result(text, 1, 0.5, 0.1, 1.0, 1.0, 1.0, 1.0, 1)
-    for table in (_as_table([result]), result_table({"out": text, "digest": text}), comparison_table({text: {}})):
+    sheet = results_sheet([result])
+    for table in (sheet.for_screen(), result_table({"out": text, "digest": text}), comparison_table({text: {}})):
         _drawn(table)
-    written = _as_markdown([result])
+    written = sheet.as_markdown()
     assert not list(acting(written))
     assert {line.replace(r"\|", "").count("|") for line in written.splitlines() if line.startswith("|")} == {10}
 

@@ -51,7 +51,7 @@ def test_resume_goes_on_with_the_settings_of_the_run(fedtune: Fedtune, preset: P
 def test_what_cannot_be_resumed_is_one_sentence(fedtune: Fedtune, preset: Path) -> None:
     assert fedtune("simulate", "small.toml", "--out", "run", "--quiet").code == 0
     for arguments, code, text in (
-        (("--resume", "run", "--set", "lr=1"), 1, r"Error: The run in 'run' was made with lr = 3e-05 \(now 1\.0\)"),
+        (("--resume", "run", "--set", "lr=1"), 1, r"Error: The run in 'run' was made with lr = 1e-05 \(now 1\.0\)"),
         (("--resume", "run", "--out", "x"), 2, r"leave --out away"),
         (("--resume", "run", "small.toml"), 2, r"leave PRESET away"),
         (("--resume", "nothing"), 1, r"Error: There is no run folder 'nothing'"),

@@ -49,7 +49,7 @@ def test_runs_are_made_once_and_carried_on(settings: RunConfig, tmp_path: Path) 
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert rows[2]["digest"] == first[0].summary["digest"]  # the rounds that were there stayed
 
-    with pytest.raises(RunFolderError, match=r"was made with lr = 3e-05 \(now 0.5\)"):
+    with pytest.raises(RunFolderError, match=r"was made with lr = 1e-05 \(now 0.5\)"):
         run_cells([Cell("other", settings.replace(rounds=3, lr=0.5))])
 
 

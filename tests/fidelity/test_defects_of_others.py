@@ -97,6 +97,7 @@ from fedtune.resident import Resident, release
 from fedtune.seeds import Stream
 from fedtune.wire import Instruction, Status, Update
 from simulations.engines.local_grid import Faults
+from tests.fidelity.changes import Made
 from tests.laws.federation import config, run
 
 ROOT = Path(__file__).parents[2]
@@ -491,7 +492,7 @@ def projected(layout: Layout, asked: RunConfig, deltas: list[Tensor]) -> Update:
     pool = ALGORITHMS["ferret"].pool(asked, layout, 0)
     nothing: object = None
     work = LocalWork(nn.Module(), [], response_loss, iter([]), Directions(layout, pool), nothing, "0", 9)  # type: ignore[arg-type]
-    counts, scalars = project(work, deltas, asked, instruction(layout, pool))
+    counts, scalars = project(work, Made(deltas), asked, instruction(layout, pool))  # type: ignore[arg-type, misc]
     return Update(1, b"d" * 16, Status.FINISHED, 1, 9, 1.0, scalars.astype(np.float32), counts)
 
 

@@ -52,6 +52,7 @@ from fedtune.replica import Replica
 from fedtune.seeds import Stream
 from fedtune.wire import Instruction, Kind, Status, Update
 from server.sampling import sample_clients
+from tests.fidelity.changes import Made
 
 FAMILIES = ("hadamard", "rademacher", "gaussian", "torch")
 NO_WEIGHTS = np.zeros(0, dtype=np.uint16)
@@ -301,7 +302,7 @@ def rebuilt(deltas: list[Tensor], config: RunConfig, layout: Layout, round: int,
     directions = Directions(layout, pool)
     model = nn.Module()
     one = LocalWork(model, [], response_loss, iter([]), directions, None, client, 10)  # type: ignore[arg-type]
-    counts, coordinates = project(one, deltas, config, instruction(directions, round))
+    counts, coordinates = project(one, Made(deltas), config, instruction(directions, round))  # type: ignore[arg-type, misc]
     sent = Update(round, b"d" * 16, Status.FINISHED, 50, 10, 1.0, coordinates.astype(np.float32), counts)
     update = wire.decode_update(
         wire.encode_update(sent, config.scalar_bits, client="c"), kind=Kind.COORDINATES, round=round, digest=b"d" * 16,

@@ -104,8 +104,9 @@ def test_a_damaged_file_is_found_by_its_name_and_nothing_is_lost(what: str, harm
 def test_the_update_of_a_liar_leaves_no_file(settings: Settings) -> None:
     """Refused ones are removed with the round, and what is longer than an update can be is never written."""
     cheat, silent = lying(lambda payload: payload[:-4] + b"\x00\x00\xc0\x7f")  # a NaN at the end
-    lied = run(settings(), faults=cheat)
-    honest = run(settings(out="honest"), faults=silent)
+    quick = {"round_timeout": 1.0, "grace": 0.0}  # the silent one is not waited for
+    lied = run(settings(**quick), faults=cheat)
+    honest = run(settings(out="honest", **quick), faults=silent)
     assert lied.digests == honest.digests
     assert any("not finite" in reason for reason in lied.refused.values())
     there = [len(list((found.folder.path / FOLDER).iterdir())) for found in (lied, honest)]
