@@ -8,6 +8,7 @@
     coefficients.bin   the tuned model as coefficients over the base model; best_coefficients.bin: of the lowest loss
     error.json         why a run failed
     ledger.sqlite      the truth about the run (fedtune/ledger.py); a resume makes the files above from it again
+    values/            what is too large for a row of the ledger
 
 The folder is of mode 700 and its files of 600, since they hold the ledger and held-out rows; a folder that somebody opened to
 others stays open. Whole files appear atomically (temporary file, fsync, rename). metrics.jsonl grows by one flushed line at a
