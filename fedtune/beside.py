@@ -36,7 +36,10 @@ class Beside:
         self.path = folder / FOLDER
 
     def store(self, parts: Iterable[Buffer]) -> bytes:
-        """What the row holds of the value whose bytes are `parts`; on the disk when this returns if it is large."""
+        """What the row holds of the value whose bytes are `parts`; on the disk when this returns if it is large.
+
+        Raises DamagedLedgerError if somebody put a link in place of the folder.
+        """
         small, rest = _small(parts)
         return small if rest is None else self._write(rest)
 
@@ -81,6 +84,8 @@ class Beside:
                 path.unlink()
 
     def _write(self, parts: Iterable[Buffer]) -> bytes:
+        if self.path.is_symlink():
+            raise _bad(self.path, "it is a symbolic link, and nothing is written outside the run")
         make_folder(self.path, exist_ok=True)
         new = self.path / f".{os.getpid()}.new"
         new.unlink(missing_ok=True)

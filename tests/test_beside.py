@@ -85,6 +85,17 @@ def test_a_file_that_is_not_what_was_written_is_named(beside: Beside, harm: str,
     assert path.name in str(caught.value)
 
 
+def test_a_link_in_place_of_the_folder_leads_nothing_outside(beside: Beside, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_bytes(b"x")
+    beside.path.symlink_to(elsewhere)
+    with pytest.raises(DamagedLedgerError, match="symbolic link"):
+        beside.store([VALUE])
+    beside.sweep([])
+    assert [path.name for path in elsewhere.iterdir()] == ["mine"]
+
+
 def test_a_name_of_nothing_is_refused(beside: Beside) -> None:
     """Also of an empty file, and of 2^63 bytes that are not there."""
     beside.path.mkdir()
