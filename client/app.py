@@ -18,10 +18,9 @@ from flwr.clientapp import ClientApp
 from client.identity import Identity, Trainer
 from client.settings import on_a_node, settings_of
 from fedtune.config import RunConfig, Scalar
-from fedtune.errors import ConfigError, FedtuneError, Interrupted
+from fedtune.errors import ConfigError, FedtuneError, Interrupted, MalformedMessageError
 from fedtune.foreign import client_id, for_file
-
-RECORD = "fedtune"  # name of the one ConfigRecord in every message, and of the client's state in Flower's context
+from fedtune.records import RECORD, content_with, payload_in
 
 app = ClientApp()
 
@@ -61,7 +60,7 @@ def train(message: Message, context: Context) -> Message:
     except FedtuneError as error:
         return _problem(message, error)
     context.state[RECORD] = ConfigRecord({"pools": pools})
-    return Message(RecordDict({RECORD: ConfigRecord({"payload": update})}), reply_to=message)
+    return Message(content_with(update), reply_to=message)
 
 
 def identity(context: Context) -> Identity:
@@ -124,9 +123,9 @@ def _idle(value: object) -> float:
 
 
 def _payload(message: Message) -> bytes:
-    payload = message.content.config_records[RECORD]["payload"]
-    if not isinstance(payload, bytes):
-        raise TypeError(f"payload is {type(payload).__name__}, not bytes")
+    payload = payload_in(message)
+    if payload is None:
+        raise MalformedMessageError("The instruction carries no payload of bytes: server and clients need the same fedtune.")
     return payload
 
 

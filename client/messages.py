@@ -12,8 +12,11 @@ from fedtune.config import RunConfig, Scalar
 from fedtune.errors import FedtuneError, MalformedMessageError
 from fedtune.foreign import for_file
 
-LARGEST_MESSAGE = 256 << 20
-"""Bytes. Both sides read a message's length first and refuse a longer one before they make room for it."""
+LARGEST_MESSAGE = (1 << 31) - (1 << 20)
+"""Bytes, somewhat below gRPC's own limit: an update of 500 million weights in float32.
+
+Both sides read a message's length first and refuse a longer one before they make room for it.
+"""
 
 IDLE_SECONDS = 1800.0
 """After so long without work a worker in the background ends, if its starter did not say otherwise."""

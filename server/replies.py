@@ -14,9 +14,9 @@ from flwr.common.serde import message_to_proto
 from fedtune import errors
 from fedtune.errors import FedtuneError, MalformedMessageError, RunError
 from fedtune.foreign import for_file
+from fedtune.records import PAYLOAD, RECORD, content_with, is_large, payload_in
 from fedtune.traffic import Traffic
 
-RECORD = "fedtune"  # name of the one ConfigRecord in every message
 LONGEST_SAID = 2000  # characters of a client's own words
 
 
@@ -55,10 +55,10 @@ def _problem(name: object, text: object) -> FedtuneError:
     return errors.reported(name)(for_file(text, LONGEST_SAID) or "the client gives no reason")
 
 
-def payload_of(record: ConfigRecord) -> bytes:
-    """The payload in a record. Raises MalformedMessageError."""
-    payload = record.get("payload")
-    if not isinstance(payload, bytes):
+def payload_of(reply: Message) -> bytes:
+    """The payload of a reply that says no problem. Raises MalformedMessageError."""
+    payload = payload_in(reply)
+    if payload is None:
         raise MalformedMessageError("The reply carries no payload of bytes.")
     return payload
 
@@ -66,7 +66,7 @@ def payload_of(record: ConfigRecord) -> bytes:
 def looks_usable(reply: Message) -> bool:
     """Whether a reply carries an update, sound or not; errors and problems do not."""
     record = record_of(reply)
-    return record is not None and "problem" not in record and isinstance(record.get("payload"), bytes)
+    return record is not None and "problem" not in record and payload_in(reply) is not None
 
 
 def is_behind(reply: Message) -> bool:
@@ -78,7 +78,6 @@ def is_behind(reply: Message) -> bool:
 # ---------------------------------------------------------------------------------------------------- weight
 
 
-LARGE = 1 << 24  # bytes of a payload that is not copied to learn what its message weighs
 _SHORT, _LONG = 1 << 14, 1 << 21  # payloads whose lengths, and those of what is around them, are numbers of 3 and 4 bytes
 _NEAR = 1 << 12  # bytes that what is around a payload has at most
 
@@ -95,25 +94,15 @@ def sent_up(reply: Message) -> Traffic:
     return Traffic(payload_up=payload, serialised_up=serialised, messages_up=1 if payload else 0)
 
 
-def is_large(message: Message) -> bool:
-    """Whether the payload of a message is so large that several should not be there at a time."""
-    return len(_payload(message)) >= LARGE
-
-
 def _weight(message: Message) -> tuple[int, int]:
-    """Bytes of the payload, and of the message as Flower serialises it."""
-    size = len(_payload(message))
-    if size < LARGE or len(_varint(size)) != len(_varint(size + _NEAR)):
+    """Bytes of the payload, and of the message as Flower serialises it; a large payload is not copied to learn that."""
+    payload = payload_in(message)
+    size = len(payload or b"")
+    if not is_large(message) or len(_varint(size)) != len(_varint(size + _NEAR)):
         return size, _serialised(message)
     short, long = (_serialised(_with_payload(message, bytes(length))) for length in (_SHORT, _LONG))
-    lengths = long - short - (_LONG - _SHORT)  # that grow by a byte from 3 to 4: one for each message around the payload
+    lengths = long - short - (_LONG - _SHORT)  # that grow by a byte from 3 to 4: those of what is around the payload, and it
     return size, long + size - _LONG + lengths * (len(_varint(size)) - len(_varint(_LONG)))
-
-
-def _payload(message: Message) -> bytes:
-    record = record_of(message)
-    payload = record.get("payload") if record else None
-    return payload if isinstance(payload, bytes) else b""
 
 
 def _serialised(message: Message) -> int:
@@ -121,10 +110,10 @@ def _serialised(message: Message) -> int:
 
 
 def _with_payload(message: Message, payload: bytes) -> Message:
-    """The same message with another payload."""
+    """The same message with another payload in the array."""
     other = copy.copy(message)
-    record = ConfigRecord({**message.content.config_records[RECORD], "payload": payload})
-    other.__dict__["_content"] = RecordDict({**message.content, RECORD: record})
+    changed = content_with(payload, large=True)
+    other.__dict__["_content"] = RecordDict({**message.content, PAYLOAD: changed[PAYLOAD]})
     return other
 
 

@@ -25,12 +25,13 @@ from fedtune.errors import FedtuneError, MismatchError, NonFiniteError
 from fedtune.foreign import for_file
 from fedtune.pieces import Buffer
 from fedtune.progress import ClientFinished, Note, RoundStarted, emit
+from fedtune.records import LARGE, RECORD, content_with
 from fedtune.replay import Rules, read_update
 from fedtune.selftest import SelfTest, self_test
 from fedtune.traffic import Traffic
 from fedtune.wire import Instruction, Status, Update
 from server.admission import check_fit
-from server.replies import LARGE, RECORD, answers, content_of, is_behind, looks_usable, payload_of, sent_down, sent_up
+from server.replies import answers, content_of, is_behind, looks_usable, payload_of, sent_down, sent_up
 from server.roster import Client, Roster
 from server.sampling import natural_order, sample_clients
 
@@ -224,9 +225,8 @@ class CoefficientStrategy(Strategy):
             holds = held, id(known.known)
             if holds not in payloads:
                 payloads[holds] = self._instruction(server_round, held, known.known)
-            record = ConfigRecord({"payload": payloads[holds], "seconds": working_seconds(self.config)})
             self._asked[client] = Message(
-                RecordDict({RECORD: record}),
+                content_with(payloads[holds], seconds=working_seconds(self.config)),
                 dst_node_id=known.node,
                 message_type=MessageType.TRAIN,
                 ttl=self.config.round_timeout,
@@ -249,7 +249,8 @@ class CoefficientStrategy(Strategy):
         return wire.encode_instruction(instruction, self.config.coefficient_bits)
 
     def _read(self, server_round: int, client: str, reply: Message) -> tuple[Update, Buffer]:
-        payload: Buffer = payload_of(content_of(reply))
+        content_of(reply)  # says what problem it names
+        payload: Buffer = payload_of(reply)
         if len(payload) <= self.algorithm.longest_update(self.config, self.layout):
             payload = self._keep(payload)
         others = [other for other in self.tally.clients if other != client]

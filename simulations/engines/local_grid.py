@@ -17,8 +17,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import FedtuneError, Interrupted
+from fedtune.records import is_large
 from fedtune.seeds import Stream
-from server.replies import is_large
 from simulations.engines import flower_internals as internals
 
 ClientHandler = Callable[[Message, Context], Message]

@@ -1,0 +1,43 @@
+"""The records of Flower's messages that fedtune writes: their names, and where a payload stands in them.
+
+A message has one ConfigRecord, RECORD. A payload is its entry "payload"; one of LARGE bytes or more is the data of an array
+in an ArrayRecord, PAYLOAD, instead: Flower cuts arrays into pieces of 5 MB on their way, and nothing else. Its dtype and shape
+say nothing more, and are not looked at when it is read.
+"""
+
+from __future__ import annotations
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+RECORD = "fedtune"
+PAYLOAD = "fedtune.payload"
+LARGE = 1 << 22
+"""Bytes: below it a message is one object of Flower's, whose overhead is smaller."""
+
+
+def content_with(payload: bytes, *, large: bool | None = None, **others: str | int | float) -> RecordDict:
+    """The content of a message with a payload and other entries; `large` says how it is written, whatever its length."""
+    if not (len(payload) >= LARGE if large is None else large):
+        return RecordDict({RECORD: ConfigRecord({"payload": payload, **others})})
+    array = Array(dtype="uint8", shape=(len(payload),), stype="fedtune.bytes", data=payload)
+    return RecordDict({RECORD: ConfigRecord({**others}), PAYLOAD: ArrayRecord({"payload": array})})
+
+
+def payload_in(message: Message) -> bytes | None:
+    """The payload of a message; None if it has none, or something else in its place."""
+    if message.has_error():
+        return None
+    record = message.content.config_records.get(RECORD)
+    arrays = message.content.array_records.get(PAYLOAD)
+    if record is not None and "payload" in record:
+        found: object = record["payload"]
+    elif arrays is not None and "payload" in arrays:
+        found = arrays["payload"].data
+    else:
+        return None
+    return found if isinstance(found, bytes) else None
+
+
+def is_large(message: Message) -> bool:
+    """Whether the payload of a message stands in an array."""
+    return not message.has_error() and PAYLOAD in message.content.array_records
