@@ -11,8 +11,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 RECORD = "fedtune"
 PAYLOAD = "fedtune.payload"
-LARGE = 1 << 22
-"""Bytes: below it a message is one object of Flower's, whose overhead is smaller."""
+LARGE = 1 << 20
+"""Bytes: far above what a method of few numbers sends. Below it a message is one object of Flower's."""
 
 
 def content_with(payload: bytes, *, large: bool | None = None, **others: str | int | float) -> RecordDict:

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federations import NODES, Federation, process_of
+from federations import NODES, TINY, Federation, process_of
 from loopback import RUN_SECONDS, Loopback, alone, change, fedtune, free_ports, programs, wait_until
 
+from fedtune.config import RunConfig
 from fedtune.deploy.check.network import server_from_here
+from fedtune.records import LARGE
+from simulations.engines.in_process import run_in_process
 
 pytestmark = pytest.mark.deployment
 
@@ -101,6 +104,19 @@ def test_a_run_ends_like_its_simulation(federation: Federation, tmp_path: Path) 
     summary = json.loads((federation.folder / "run" / "summary.json").read_text())
     assert summary["updates_refused"] == 0
     assert summary["digest"] == federation.simulated["digest"]
+
+
+def test_a_run_whose_messages_are_as_large_as_the_model_ends_like_its_simulation(
+    federation: Federation, tmp_path: Path
+) -> None:
+    """FedAvg: 1.6 MB both ways, as arrays that Flower cuts, through the proxy and the workers."""
+    changes = {"algorithm": "fedavg", "lr": 1e-2, "K": 1024, "eps": 5e-4}
+    simulated = run_in_process(RunConfig.from_mapping({**TINY, **changes, "out": str(tmp_path / "simulated")}))
+    done = federation.loopback.run(federation.preset("large", **changes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((federation.folder / "large" / "summary.json").read_text())
+    assert summary["payload_bytes_up_per_client_round"] > LARGE
+    assert summary["digest"] == simulated["digest"]
 
 
 @pytest.mark.faults
