@@ -33,7 +33,7 @@ test: check
 
 test-deployment: $(VENV)/.stamp-dev
 	@echo "== tests of deployments, of processes that die, of a real model, and long ones (nginx is needed: apt install nginx-light)"
-	@$(BIN)/python -m pytest -q -m "(deployment or faults or long or real) and not gpu and not fuzz"
+	@$(BIN)/python -m pytest -q -m "(deployment or faults or long or real) and not gpu and not fuzz and not large"
 
 check: $(VENV)/.stamp-dev
 	@echo "== ruff"

@@ -2,7 +2,7 @@
 
     python -m pytest -m real
 
-takes ten minutes on two cores and 4 GB of memory.
+takes ten minutes on two cores and 4 GB of memory; `make test-deployment` leaves out what is marked `large`.
 """
 
 from __future__ import annotations
@@ -52,10 +52,12 @@ def preset(folder: Path, **settings: object) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("way", "dtype"),
-    [("ferret", "bfloat16"), ("fedkseed", "bfloat16"), ("ferret", "float32"), ("fedavg", "float32"), ("lora", "float32")],
-)
+MORE = [
+    pytest.param(*pair, marks=pytest.mark.large) for pair in (("ferret", "float32"), ("fedavg", "float32"), ("lora", "float32"))
+]
+
+
+@pytest.mark.parametrize(("way", "dtype"), [("ferret", "bfloat16"), ("fedkseed", "bfloat16"), *MORE])
 def test_two_rounds_are_estimated_run_resumed_exported_and_applied(
     way: str, dtype: str, smollm2: Path, instructions: Path, tmp_path: Path
 ) -> None:
@@ -79,6 +81,7 @@ def test_two_rounds_are_estimated_run_resumed_exported_and_applied(
             assert (tmp_path / "applied" / name).read_bytes() == (tmp_path / "tuned" / name).read_bytes()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("way", ["ferret", "fedkseed"])
 def test_a_vocabulary_of_150_000_needs_what_was_estimated(way: str, smollm2: Path, instructions: Path, tmp_path: Path) -> None:
     """Logits of a whole batch would take as much as the model: 4 x 96 x 150,000 numbers, 230 MB, in each of several copies."""
