@@ -102,7 +102,8 @@ class Coefficients:
 def summable(pool: Pool, q: Whole, exponents: I32) -> bool:
     """Whether coefficients can be added to float32 weights everywhere alike: their sums are exact, or there are none."""
     if pool.disjoint:
-        return bool((exponents[q.any(axis=1)] <= MAX_EXPONENT - WIDE_BITS).all())
+        highest = MAX_EXPONENT - WIDE_BITS
+        return all(e <= highest or not any(piece.any() for piece in pieces(row)) for e, row in zip(exponents, q, strict=True))
     sizes = np.abs(q).view(f"u{q.itemsize}")  # the number without an opposite too
     return bool((sizes.sum(axis=1, dtype=np.int64) <= EXACT_SUM).all())
 

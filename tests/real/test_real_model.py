@@ -66,8 +66,9 @@ def test_two_rounds_are_estimated_run_resumed_exported_and_applied(
     out = str(tmp_path / "run")
     estimated = fedtune("estimate", asked, "--json")
     before = fedtune("simulate", asked, "--out", out, "--json")
-    assert before["peak_memory_bytes"] == pytest.approx(estimated["peak"], rel=0.15)
     after = fedtune("simulate", "--resume", out, "--set", "rounds=2", "--json")
+    peak = max(before["peak_memory_bytes"], after["peak_memory_bytes"])  # the first instruction is empty
+    assert peak == pytest.approx(estimated["peak"], rel=0.15)
     assert after["digest"] != before["digest"]
     run = RunFolder.open(out)
     with Ledger.open(run.path) as ledger:
