@@ -23,7 +23,7 @@ from fedtune.bits import Whole, narrowest
 from fedtune.directions.base import F32, F64, Floats, Pool
 from fedtune.errors import NonFiniteError
 from fedtune.pieces import pieces
-from fedtune.scratch import room
+from fedtune.scratch import IN_MEMORY, room
 
 I32 = npt.NDArray[np.int32]
 EXACT_SUM = 2**24  # the largest whole number up to which float32 counts exactly
@@ -102,8 +102,9 @@ class Coefficients:
 def summable(pool: Pool, q: Whole, exponents: I32) -> bool:
     """Whether coefficients can be added to float32 weights everywhere alike: their sums are exact, or there are none."""
     if pool.disjoint:
-        highest = MAX_EXPONENT - WIDE_BITS
-        return all(e <= highest or not any(piece.any() for piece in pieces(row)) for e, row in zip(exponents, q, strict=True))
+        large = q.nbytes > IN_MEMORY  # then in a file, of whose pages few are to be held
+        used = [any(piece.any() for piece in pieces(row)) for row in q] if large else q.any(axis=1)
+        return bool((exponents[used] <= MAX_EXPONENT - WIDE_BITS).all())
     sizes = np.abs(q).view(f"u{q.itemsize}")  # the number without an opposite too
     return bool((sizes.sum(axis=1, dtype=np.int64) <= EXACT_SUM).all())
 
