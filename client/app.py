@@ -20,7 +20,7 @@ from client.settings import on_a_node, settings_of
 from fedtune.config import RunConfig, Scalar
 from fedtune.errors import ConfigError, FedtuneError, Interrupted, MalformedMessageError
 from fedtune.foreign import client_id, for_file
-from fedtune.records import RECORD, content_with, payload_in
+from fedtune.records import RECORD, content_with, payload_in, record_in
 
 app = ClientApp()
 
@@ -131,7 +131,8 @@ def _payload(message: Message) -> bytes:
 
 def _seconds(message: Message) -> float:
     """What the server gives the local steps, from now on."""
-    seconds = message.content.config_records[RECORD].get("seconds", math.inf)
+    record = record_in(message)
+    seconds = record.get("seconds", math.inf) if record else math.inf
     return float(seconds) if isinstance(seconds, int | float) else math.inf
 
 

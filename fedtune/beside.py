@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from fedtune.errors import DamagedLedgerError
 from fedtune.ledger_file import sync
@@ -34,6 +35,7 @@ class Beside:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FOLDER
+        self._kept: WeakKeyDictionary[mmap.mmap, bytes] = WeakKeyDictionary()
 
     def store(self, parts: Iterable[Buffer]) -> bytes:
         """What the row holds of the value whose bytes are `parts`; on the disk when this returns if it is large.
@@ -44,10 +46,19 @@ class Beside:
         return small if rest is None else self._write(rest)
 
     def keep(self, value: Buffer) -> Buffer:
-        """`value`, in a file that is mapped into memory if it is large. `store` finds it there."""
-        if len(value) <= LARGE or isinstance(value, mmap.mmap):
+        """`value`, in a file that is mapped into memory if it is large; `stored` knows its name."""
+        if len(value) <= LARGE:
             return value
-        return self.value(self.store([value]), hashed=False)
+        stored = self.store([value])
+        found = self.value(stored, hashed=False)
+        if isinstance(found, mmap.mmap):
+            self._kept[found] = stored
+        return found
+
+    def stored(self, value: Buffer) -> bytes:
+        """`store` of one value; of one that `keep` returned without reading or writing it again."""
+        known = self._kept.get(value) if isinstance(value, mmap.mmap) else None
+        return self.store([value]) if known is None else known
 
     def value(self, stored: bytes, *, hashed: bool = True) -> Buffer:
         """The value that a row holds or names.

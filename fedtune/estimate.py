@@ -7,7 +7,7 @@ summed over the batches that the run will see. Memory is the peak while the larg
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, repeat
@@ -160,15 +160,11 @@ def _local_update(here: Resident, asked: RunConfig, steps: int, batch: Batch) ->
     config = asked.replace(local_steps=steps)
     state = here.algorithm.start(config, here.replica.layout)
     model = state.published(config.coefficient_bits)
-    work = replace(here.work(config, "0", here.data.clients[0], 1, model), batches=_endless(batch))
+    work = replace(here.work(config, "0", here.data.clients[0], 1, model), batches=repeat(batch))
     instruction = first_instruction(
         asked, here.algorithm, here.replica.layout, state, model.pools[-1], here.replica.fingerprint
     )
     here.algorithm.local_update(work, config, instruction)
-
-
-def _endless(batch: Batch) -> Iterator[Batch]:
-    return repeat(batch)
 
 
 def _time_rebuild(here: Resident, state: State) -> float:

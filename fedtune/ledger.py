@@ -222,6 +222,11 @@ class Ledger:
         with explained(self.path):
             return self._beside.store(parts)
 
+    def stored(self, value: Buffer) -> bytes:
+        """`store` of one value; of one that `keep` returned at once."""
+        with explained(self.path):
+            return self._beside.stored(value)
+
     def keep(self, value: Buffer) -> Buffer:
         """`value`, out of memory if it is large; what no row names by the next commit is removed."""
         with explained(self.path):

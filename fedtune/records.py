@@ -23,21 +23,30 @@ def content_with(payload: bytes, *, large: bool | None = None, **others: str | i
     return RecordDict({RECORD: ConfigRecord({**others}), PAYLOAD: ArrayRecord({"payload": array})})
 
 
+def record_in(message: Message) -> ConfigRecord | None:
+    """The ConfigRecord of a message, if it has one.
+
+    Not by `config_records`: each look at that is a view that holds all records until Python looks for cycles.
+    """
+    found = None if message.has_error() else message.content.get(RECORD)
+    return found if isinstance(found, ConfigRecord) else None
+
+
 def payload_in(message: Message) -> bytes | None:
     """The payload of a message; None if it has none, or something else in its place."""
-    if message.has_error():
-        return None
-    record = message.content.config_records.get(RECORD)
-    arrays = message.content.array_records.get(PAYLOAD)
+    record, arrays = record_in(message), _arrays_in(message)
     if record is not None and "payload" in record:
         found: object = record["payload"]
-    elif arrays is not None and "payload" in arrays:
-        found = arrays["payload"].data
     else:
-        return None
+        found = arrays["payload"].data if arrays is not None and "payload" in arrays else None
     return found if isinstance(found, bytes) else None
 
 
 def is_large(message: Message) -> bool:
     """Whether the payload of a message stands in an array."""
-    return not message.has_error() and PAYLOAD in message.content.array_records
+    return _arrays_in(message) is not None
+
+
+def _arrays_in(message: Message) -> ArrayRecord | None:
+    found = None if message.has_error() else message.content.get(PAYLOAD)
+    return found if isinstance(found, ArrayRecord) else None

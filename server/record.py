@@ -84,10 +84,9 @@ class Record:
             state=self.rules.digest(state),
         )
         weights = shares(tally.updates, self.config)
-        store = self.ledger.store
-        used = [Used(client, weights[client], store([tally.payloads[client]])) for client in tally.updates]
-        pools = [store([pool]) for pool in self.rules.closed(state, self.ledger.pool_count)]
-        self.ledger.commit_round(row, used, pools, snapshot_of(state, number, store))
+        used = [Used(client, weights[client], self.ledger.stored(tally.payloads[client])) for client in tally.updates]
+        pools = [self.ledger.stored(pool) for pool in self.rules.closed(state, self.ledger.pool_count)]
+        self.ledger.commit_round(row, used, pools, snapshot_of(state, number, self.ledger.store))
 
     def commit_attempt(self, number: int, tally: Tally, phases: Phases) -> None:
         """Write down that round `number` came out short and is asked again."""

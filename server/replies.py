@@ -14,7 +14,7 @@ from flwr.common.serde import message_to_proto
 from fedtune import errors
 from fedtune.errors import FedtuneError, MalformedMessageError, RunError
 from fedtune.foreign import for_file
-from fedtune.records import PAYLOAD, RECORD, content_with, is_large, payload_in
+from fedtune.records import PAYLOAD, content_with, is_large, payload_in, record_in
 from fedtune.traffic import Traffic
 
 LONGEST_SAID = 2000  # characters of a client's own words
@@ -23,11 +23,6 @@ LONGEST_SAID = 2000  # characters of a client's own words
 def answers(reply: Message) -> str:
     """The id of the message that `reply` answers."""
     return str(reply.metadata.reply_to_message_id)
-
-
-def record_of(reply: Message) -> ConfigRecord | None:
-    """The record of a reply, if it has one."""
-    return None if reply.has_error() else reply.content.config_records.get(RECORD)
 
 
 def content_of(reply: Message) -> ConfigRecord:
@@ -41,7 +36,7 @@ def content_of(reply: Message) -> ConfigRecord:
         reason = for_file(str(reply.error.reason), LONGEST_SAID)
         code = reply.error.code
         raise RunError(f"the client failed (Flower code {code}): {reason}", code=code)
-    record = record_of(reply)
+    record = record_in(reply)
     if record is None:
         raise MalformedMessageError("The reply has no fedtune record.")
     if "problem" in record:
@@ -65,13 +60,13 @@ def payload_of(reply: Message) -> bytes:
 
 def looks_usable(reply: Message) -> bool:
     """Whether a reply carries an update, sound or not; errors and problems do not."""
-    record = record_of(reply)
+    record = record_in(reply)
     return record is not None and "problem" not in record and payload_in(reply) is not None
 
 
 def is_behind(reply: Message) -> bool:
     """Whether the client answered that it lacks pools which the instruction builds upon."""
-    record = record_of(reply)
+    record = record_in(reply)
     return record is not None and record.get("problem") == errors.StaleReplicaError.__name__
 
 

@@ -17,8 +17,9 @@ from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError, MalformedMessageError, MismatchError, RunError
 from fedtune.foreign import client_id, for_file
 from fedtune.progress import Note, emit
+from fedtune.records import record_in
 from server.nodes import Node
-from server.replies import answers, content_of, record_of
+from server.replies import answers, content_of
 from server.sampling import natural_order
 
 LEAST_COMPARED = 3  # clients; of two, one always has half of the samples
@@ -226,7 +227,7 @@ class _Claims:
 
 def _called(reply: Message, node: Node) -> str:
     """What the refused one is called: its client id if that is one, else its node."""
-    record = record_of(reply)
+    record = record_in(reply)
     said = record.get("client") if record else None
     try:
         return f"Client {client_id(said)}"

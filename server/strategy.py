@@ -25,7 +25,7 @@ from fedtune.errors import FedtuneError, MismatchError, NonFiniteError
 from fedtune.foreign import for_file
 from fedtune.pieces import Buffer
 from fedtune.progress import ClientFinished, Note, RoundStarted, emit
-from fedtune.records import LARGE, PAYLOAD, RECORD, content_with, is_large
+from fedtune.records import LARGE, RECORD, content_with
 from fedtune.replay import Rules, read_update
 from fedtune.selftest import SelfTest, self_test
 from fedtune.traffic import Traffic
@@ -253,8 +253,6 @@ class CoefficientStrategy(Strategy):
         payload: Buffer = payload_of(reply)
         if len(payload) <= self.algorithm.longest_update(self.config, self.layout):
             payload = self._keep(payload)
-            if is_large(reply):
-                del reply.content[PAYLOAD]  # whoever still holds the message
         others = [other for other in self.tally.clients if other != client]
         update = read_update(
             self.rules, self.state, payload, round=server_round, digest=self._digest, client=client, others=others

@@ -45,7 +45,11 @@ def test_a_large_value_is_a_file_of_its_digest_and_comes_back(beside: Beside) ->
     assert beside.store([VALUE]) == stored  # again is fine
     kept = beside.keep(VALUE)
     assert isinstance(kept, mmap.mmap)
-    assert beside.store([kept]) == stored
+    assert beside.stored(VALUE) == stored
+    (path,) = beside.path.iterdir()
+    path.unlink()
+    assert beside.stored(kept) == stored
+    assert not path.exists()  # what was kept is not written a second time
 
 
 def test_a_value_never_looks_like_what_names_a_file(beside: Beside) -> None:

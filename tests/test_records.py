@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.common.serde import message_to_proto
 
-from fedtune.records import LARGE, PAYLOAD, RECORD, content_with, is_large, payload_in
+from fedtune.records import LARGE, PAYLOAD, RECORD, content_with, is_large, payload_in, record_in
 from server.replies import looks_usable, sent_down, sent_up
 from simulations.engines import flower_internals as internals
 
@@ -49,3 +52,20 @@ def test_what_is_no_payload_is_none() -> None:
     ):
         assert payload_in(message(content)) is None
     assert payload_in(Message(Error(code=3, reason="x"), reply_to=message(RecordDict({})))) is None
+
+
+def test_what_was_looked_at_is_freed_with_its_message() -> None:
+    """Flower's own views of a message's records hold them in a cycle: a payload as large as the model would stay."""
+    gc.collect()
+    gc.disable()
+    try:
+        sent = message(content_with(bytes(LARGE), seconds=1.0))
+        held = weakref.ref(sent.content[PAYLOAD]["payload"])  # type: ignore[index, arg-type]
+        assert looks_usable(sent)
+        assert len(payload_in(sent) or b"") == LARGE
+        assert sent_up(sent).payload_up == LARGE
+        assert record_in(sent) is not None
+        del sent
+        assert held() is None
+    finally:
+        gc.enable()

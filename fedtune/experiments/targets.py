@@ -46,7 +46,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
-        """Over the finite ones of `values`; None if one is missing (not finite), or there is none."""
+        """Over `values`; None if one of them is not finite, or there is none."""
         if not values or not all(map(math.isfinite, values)):
             return None
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)

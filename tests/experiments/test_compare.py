@@ -125,6 +125,8 @@ EARLIER = str(Path(__file__).parents[2] / "simulations" / "results" / "embedded.
         (["--set", "seed=abc"], "Setting 'seed' = 'abc'"),
         (["--against", "nothing.csv"], "'nothing.csv' cannot be read"),
         (["--link", "5g"], "'5g' is no link"),
+        (["--budget", "much"], "'much' is no number of bytes"),
+        (["--target-loss", "nan"], "--target-loss nan is no loss to reach"),
         (["--seeds", "1", "--set", "seed=99", "--against", EARLIER], "has no run of these arms and seeds"),
     ],
 )

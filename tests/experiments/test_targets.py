@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli.compare_tables import NOT_REACHED, as_json, budget_sheet, results_sheet, target_sheet
-from fedtune.cli.main import main
 from fedtune.errors import ConfigError
 from fedtune.experiments.compare import Result
 from fedtune.experiments.targets import Spread, bytes_of, to_target, with_budget
@@ -129,20 +128,3 @@ def test_the_tables_of_the_document_are_those_of_the_committed_rows() -> None:
     committed = read(ROOT / "simulations" / "results" / "embedded.csv")
     assert target_sheet(to_target(committed, 0.2)).as_markdown() in document
     assert budget_sheet(with_budget(committed, 1_000_000)).as_markdown() in document
-
-
-@pytest.mark.parametrize(
-    ("more", "text"),
-    [
-        (["--budget", "much"], "'much' is no number of bytes"),
-        (["--target-loss", "nan"], "--target-loss nan is no loss to reach"),
-    ],
-)
-def test_what_cannot_be_held_against_starts_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], text: str
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["compare", "comparisons/embedded", "--out", str(tmp_path / "out"), *more])
-    assert ended.value.code == 1
-    assert text in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
