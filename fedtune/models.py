@@ -135,9 +135,9 @@ def _local_folder(source: str, config: RunConfig) -> Path:
     if path.exists():
         raise ModelError(f"model = '{source}' is a file: give the folder with config.json and model.safetensors.", model=source)
     if source.startswith((".", "/", "~", "\\")) or source.count("/") > 1:
-        raise ModelError(
-            f"There is no model folder '{source}': correct the path, or give a hub name such as org/name.", model=source
-        )
+        ours = path.parent.parts[-2:] == ("fedtune", "models")  # what a program of simulations.models makes lies there
+        made = "make it (`python -m simulations.models.smollm2`)" if ours else "correct the path"
+        raise ModelError(f"There is no model folder '{source}': {made}, or give a hub name such as org/name.", model=source)
     code = ["*.py"] if config.trust_remote_code else []
     try:
         fetched = snapshot_download(

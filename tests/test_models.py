@@ -78,6 +78,7 @@ def test_pickled_weights_are_refused_before_they_are_read(folder: Path) -> None:
     [
         ("./nowhere", r"There is no model folder './nowhere': correct the path, or give a hub name such as org/name\."),
         ("/no/such/model", r"There is no model folder '/no/such/model'"),
+        ("/no/fedtune/models/smollm2", r"make it \(`python -m simulations.models.smollm2`\), or give a hub name"),
     ],
 )
 def test_a_missing_folder_is_named_with_the_fix(name: str, message: str) -> None:
