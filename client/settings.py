@@ -37,7 +37,7 @@ _SERVER = (
 _NODE = "model revision trust_remote_code device device_map offload threads data holdout_file"
 _NOBODY = (
     "eval_every eval_samples eval_batch_size generate_samples choices max_new_tokens out resume over_selection min_replies "
-    "short_round round_timeout wait_timeout min_clients grace max_examples"
+    "short_round round_timeout wait_timeout min_clients grace max_examples keep_updates"
 )
 WHO: Mapping[str, Who] = {
     name: who for names, who in ((_SERVER, Who.SERVER), (_NODE, Who.NODE), (_NOBODY, Who.NOBODY)) for name in names.split()

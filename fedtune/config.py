@@ -236,6 +236,10 @@ class RunConfig(BaseModel):
         1_000_000, ge=1, lt=2**32, description="most samples that a client may have: its weight in a round"
     )
 
+    keep_updates: bool = Field(
+        True, description="false: updates above 1 MB (full weights) go once their round is written; it cannot be replayed then"
+    )
+
     # ------------------------------------------------------------------ construction
 
     @classmethod

@@ -232,8 +232,13 @@ class Ledger:
         with explained(self.path):
             return self._beside.keep(value)
 
-    def commit_round(self, row: Round, used: Iterable[Used], pools: Iterable[bytes], snapshot: Snapshot) -> None:
-        """Write a round with its updates, the pools that it finished and the state after it; on the disk when this returns."""
+    def commit_round(
+        self, row: Round, used: Iterable[Used], pools: Iterable[bytes], snapshot: Snapshot, *, keep_updates: bool = True
+    ) -> None:
+        """Write a round with its updates, the pools that it finished and the state after it; on the disk when this returns.
+
+        Without `keep_updates` the files of large updates are removed then.
+        """
         before = [self.snapshot.arrays] if row.number else []  # whoever reads it now has until the next round
         with self._transaction():
             updates = sorted(used, key=lambda update: update.client)
@@ -245,14 +250,18 @@ class Ledger:
             for number, pool in enumerate(pools, start=self.pool_count):
                 self._insert("pools", (number, pool))
             self._replace_snapshot(snapshot)
-        self.sweep(before)
+        self.sweep(before, keep_updates=keep_updates)
 
-    def sweep(self, before: Iterable[bytes] = ()) -> None:
-        """Remove the files beside the ledger that no row names, but for those of `before`; the chains were checked before."""
+    def sweep(self, before: Iterable[bytes] = (), *, keep_updates: bool = True) -> None:
+        """Remove the files beside the ledger that no row names, but for those of `before`; the chains were checked before.
+
+        Without `keep_updates` those of updates too.
+        """
         if not self._beside.path.exists():
             return
         kept = list(before)
-        for table, column in (("updates", "payload"), ("pools", "coefficients"), ("snapshot", "arrays")):
+        updates = [("updates", "payload")] if keep_updates else []
+        for table, column in (*updates, ("pools", "coefficients"), ("snapshot", "arrays")):
             query = f"SELECT {column} AS stored FROM {table} WHERE length({column}) = ?"
             kept += [row["stored"] for row in self._rows(query, REFERENCE)]
         with explained(self.path):

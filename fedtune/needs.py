@@ -12,6 +12,7 @@ import torch
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS, Algorithm, State
 from fedtune.algorithms.base import pool_number
+from fedtune.beside import LARGE
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch
@@ -68,6 +69,7 @@ class Needs:
         up: one client's update; down: one instruction with one pool, of which every coefficient is in use (the most).
         client_rounds: updates in the whole run; fedavg: bytes if each of them sent all weights in float32, both ways.
         state: bytes of the server's coefficients.
+        updates_on_disk: updates that the run folder holds at the same time at most.
         pools_down: pools sent in the whole run if no client that is asked has seen an earlier one (the most).
     """
 
@@ -79,6 +81,7 @@ class Needs:
     pools_down: int
     fedavg: int
     state: int
+    updates_on_disk: int
 
     @property
     def payload(self) -> int:
@@ -87,23 +90,26 @@ class Needs:
 
     @property
     def disk(self) -> int:
-        """Bytes of the run folder: every update, two states, and the last and the best model as files."""
-        return self.up * self.client_rounds + 2 * self.state + 2 * self.down
+        """Bytes of the run folder: the updates, two states, and the last and the best model as files."""
+        return self.up * self.updates_on_disk + 2 * self.state + 2 * self.down
 
 
 def needs(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbation: Perturbation, longest: Batch) -> Needs:
     """The needs of a run of `config` with `model`, whose largest training batch is `longest`."""
     algorithm = ALGORITHMS[config.algorithm]
     client_rounds = config.rounds * config.invited_per_round
+    up = 0 if config.alone else algorithm.longest_update(config, layout)
+    kept = config.keep_updates or up <= LARGE
     return Needs(
         parameters=layout.numel,
         memory=_memory(config, model, layout, perturbation, longest),
-        up=0 if config.alone else algorithm.longest_update(config, layout),
+        up=up,
         down=0 if config.alone else _down(config, algorithm, layout),
         client_rounds=client_rounds,
         pools_down=config.invited_per_round * sum(1 + pool_number(config, round) for round in range(1, config.rounds + 1)),
         fedavg=2 * FLOAT32 * base_size(model) * client_rounds,
         state=layout.blocks * algorithm.pool_size(config, layout) * algorithm.value_type(config).itemsize,
+        updates_on_disk=client_rounds if kept else config.invited_per_round,
     )
 
 

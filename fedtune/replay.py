@@ -18,6 +18,7 @@ import numpy.typing as npt
 from fedtune import arrays, wire
 from fedtune.algorithms import ALGORITHMS, Algorithm, State
 from fedtune.algorithms.base import pool_number, shares
+from fedtune.beside import is_reference
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64, Floats
 from fedtune.errors import (
@@ -25,6 +26,7 @@ from fedtune.errors import (
     DirectionsError,
     FedtuneError,
     ForeignLedgerError,
+    LedgerError,
     MalformedMessageError,
     NonFiniteError,
 )
@@ -237,14 +239,28 @@ class Replayed:
     state: State
 
 
+def updates_kept(ledger: Ledger) -> bool:
+    """Whether all updates are there to be replayed: no large one was removed by `keep_updates = false`."""
+    asked = [ledger.header.used, *(event.detail["settings"] for event in ledger.events("resume"))]
+    if all(settings.get("keep_updates", True) for settings in asked):
+        return True
+    return not any(is_reference(used.payload) for row in ledger.rounds() for used in ledger.updates(row.number))
+
+
 def replay(ledger: Ledger, rules: Rules) -> Iterator[Replayed]:
     """Every round from 0, from its updates alone.
 
     Raises:
+        LedgerError: they were not kept.
         DamagedLedgerError: a round that does not lead to its digest, whose updates cannot be read or are not those of the
             clients that it names, or whose weights are others.
     """
     checked_snapshot(ledger, rules)
+    if not updates_kept(ledger):
+        raise LedgerError(
+            f"The updates in '{ledger.path}' were not kept (keep_updates = false): of its models only the last one is there.",
+            path=str(ledger.path),
+        )
     state = rules.start()
     for row in ledger.rounds():
         try:

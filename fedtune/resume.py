@@ -35,8 +35,8 @@ _SAME = """algorithm seed clients local_steps batch_size lr weighting K eps dire
     max_length partition dirichlet_alpha min_samples holdout holdout_category"""
 _KEPT = "eval_samples generate_samples choices max_new_tokens"
 _NEW = """rounds client_fraction clients_per_round sampling over_selection min_replies short_round round_timeout wait_timeout
-    grace max_examples min_clients model revision trust_remote_code device device_map offload threads data holdout_file
-    eval_every eval_batch_size out resume"""
+    grace max_examples keep_updates min_clients model revision trust_remote_code device device_map offload threads data
+    holdout_file eval_every eval_batch_size out resume"""
 
 POLICY: dict[str, Rule] = {
     key: rule

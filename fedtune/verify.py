@@ -1,4 +1,7 @@
-"""Whether a ledger is what was written: its chains, then every update of the run once more, then what lies beside them."""
+"""Whether a ledger is what was written: its chains, then every update of the run once more, then what lies beside them.
+
+Updates that were not kept (`keep_updates = false`) leave their digests in the chains, and cannot be replayed.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,24 @@ from fedtune.chain import link
 from fedtune.errors import DamagedLedgerError
 from fedtune.foreign import for_screen
 from fedtune.ledger import START, Ledger, updates_digest
-from fedtune.replay import Replayed, Rules, bad, replay, snapshot_of
+from fedtune.replay import Replayed, Rules, bad, replay, restore, snapshot_of, updates_kept
 
 _CHAINED = 2  # columns at the end of a row: the digest before, and its own
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked: numbers of rounds (without 0), updates, events and finished pools, and the digest of the model."""
+    """What was checked: numbers of rounds (without 0), updates, events and finished pools, and the digest of the model.
+
+    `replayed`: the updates lead to these digests. Where they were not kept, only the last state was held against its own.
+    """
 
     rounds: int
     updates: int
     events: int
     pools: int
     digest: str
+    replayed: bool
 
 
 def verify(ledger: Ledger) -> Verified:
@@ -40,10 +47,12 @@ def verify(ledger: Ledger) -> Verified:
             raise bad(ledger, "the file", f"SQLite finds damage ({for_screen(damage)})")
         rules = Rules.of(ledger.header)
         ledger.value(ledger.snapshot.arrays)  # has its digest
-        last = _replayed(ledger, rules)
-        _derived(ledger, rules, last)
+        replayed = updates_kept(ledger)
+        last = _replayed(ledger, rules) if replayed else Replayed(ledger.round(ledger.last), restore(ledger, rules))
+        if replayed:
+            _derived(ledger, rules, last)
         events = sum(1 for _ in ledger.events())
-    return Verified(last.row.number, updates, events, len(last.state.closed), last.row.state.hex())
+    return Verified(last.row.number, updates, events, len(last.state.closed), last.row.state.hex(), replayed)
 
 
 def check_chains(ledger: Ledger) -> int:

@@ -95,7 +95,7 @@ def _carry_on(asked: RunConfig) -> Opened:
         rules = _rules(going_on.config, here)
         _check_same(ledger, rules, here)
         state = restore(ledger, rules)
-        ledger.sweep()
+        ledger.sweep(keep_updates=going_on.config.keep_updates)
         now = versions()
         older = _older(ledger)
         ledger.commit_event("resume", {"settings": dict(going_on.changed), "versions": now}, elapsed_of(ledger))

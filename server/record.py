@@ -16,7 +16,7 @@ from fedtune.errors import RunFolderError
 from fedtune.evaluation import Evaluation, Generation, Scores
 from fedtune.ledger import Round, Used
 from fedtune.peaks import peak_memory
-from fedtune.replay import snapshot_of, state_after
+from fedtune.replay import snapshot_of, state_after, updates_kept
 from fedtune.run_folder import BEST, COEFFICIENTS, CONFIG, SUMMARY
 from fedtune.traffic import Traffic, as_lists, from_lists, merged, total
 from server.opening import Opened, elapsed_of
@@ -86,7 +86,8 @@ class Record:
         weights = shares(tally.updates, self.config)
         used = [Used(client, weights[client], self.ledger.stored(tally.payloads[client])) for client in tally.updates]
         pools = [self.ledger.stored(pool) for pool in self.rules.closed(state, self.ledger.pool_count)]
-        self.ledger.commit_round(row, used, pools, snapshot_of(state, number, self.ledger.store))
+        snapshot = snapshot_of(state, number, self.ledger.store)
+        self.ledger.commit_round(row, used, pools, snapshot, keep_updates=self.config.keep_updates)
 
     def commit_attempt(self, number: int, tally: Tally, phases: Phases) -> None:
         """Write down that round `number` came out short and is asked again."""
@@ -173,12 +174,16 @@ class Record:
             return []
 
     def _catch_up_best(self) -> None:
-        """Write best_coefficients.bin again, by replay, if it is not the model with the lowest loss."""
+        """Write best_coefficients.bin again, by replay, if it is not the model with the lowest loss.
+
+        Where updates were not kept it is left: it was written before its loss was, so only somebody else changed it.
+        """
         best = int(min(self.rows, key=lambda row: number_of(row["eval_loss"]))["round"])
         stored = b""
         with contextlib.suppress(RunFolderError):
             stored = self.folder.read_bytes(BEST)
-        if stored[_DIGEST_AT] != self.ledger.round(best).state:
+        there = stored[_DIGEST_AT] == self.ledger.round(best).state
+        if not there and (best == self.last or updates_kept(self.ledger)):
             self.folder.write_parts(BEST, self.rules.encoded(state_after(self.ledger, self.rules, best), best))
 
     # ------------------------------------------------------------------ the end

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from fedtune.beside import LARGE
 from fedtune.cli import presets
 from fedtune.cli.numbers import in_bytes, in_ratio, in_time
 from fedtune.cli.presets import PresetArgument, SetOption
@@ -123,8 +124,15 @@ def _byte_rows(found: Needs, config: RunConfig) -> list[TableRow]:
         ("down, client and round", in_bytes(found.down), down),
         ("payload, whole run", in_bytes(found.payload), f"at most; {found.client_rounds} client-rounds"),
         ("FedAvg, the same rounds", in_bytes(found.fedavg), ratio),
-        ("disk, run folder", in_bytes(found.disk), "at most; every update is kept, so that the run can be verified"),
+        ("disk, run folder", in_bytes(found.disk), f"at most; {_disk_words(found)}"),
     ]
+
+
+def _disk_words(found: Needs) -> str:
+    if found.updates_on_disk < found.client_rounds:
+        return "the updates of a round go once it is written (keep_updates)"
+    cheaper = "; less with keep_updates=false" if found.up > LARGE else ""
+    return f"every update is kept, so that the run can be verified{cheaper}"
 
 
 def _time_rows(found: Needs) -> list[TableRow]:

@@ -236,3 +236,13 @@ def test_export_refuses(fedtune: Callable[..., Outcome], trained: RunFolder, tin
     (tmp_path / "file").write_text("")
     assert "could not be written" in fedtune("export", str(trained.path), "--out", "file/x").err
     assert not (tmp_path / "x").exists()
+
+
+def test_estimate_counts_the_updates_that_stay_on_the_disk(fedtune: Callable[..., Outcome]) -> None:
+    """A run of full weights keeps every update, or with keep_updates = false those of the round in hand."""
+    fedavg = ["estimate", "papers/fedkseed_ni_3b", "--meta", "--set", "algorithm=fedavg", "--set", "K=1024", "--set", "lr=1e-3"]
+    kept = last_json(fedtune(*fedavg, "--json").out)
+    lean = last_json(fedtune(*fedavg, "--json", "--set", "keep_updates=false").out)
+    assert kept["updates_on_disk"] == kept["client_rounds"] > lean["updates_on_disk"]
+    assert kept["disk"] - lean["disk"] == kept["up"] * (kept["client_rounds"] - lean["updates_on_disk"])
+    assert "keep_updates" in fedtune(*fedavg).out

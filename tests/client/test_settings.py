@@ -43,7 +43,7 @@ HOSTILE: Node = {  # for every setting something else than its default
     "holdout": 0.2, "holdout_category": "", "holdout_file": "/dev/zero", "eval_every": 3, "eval_samples": 3,
     "eval_batch_size": 3, "generate_samples": 3, "choices": "a|b", "max_new_tokens": 3, "out": "/etc/x", "resume": "/etc/y",
     "over_selection": 1.0, "min_replies": 2, "short_round": "repeat", "round_timeout": 3.0, "wait_timeout": 3.0,
-    "min_clients": 2, "grace": 1.0, "max_examples": 5,
+    "min_clients": 2, "grace": 1.0, "max_examples": 5, "keep_updates": False,
 }  # fmt: skip
 
 

@@ -116,6 +116,7 @@ TABLE: dict[str, tuple[Settings, Any]] = {
     "min_clients": ({}, 1),
     "grace": ({}, 0.0),
     "max_examples": ({}, 5_000),
+    "keep_updates": ({}, False),
 }
 SMALL: Settings = {
     "model": "{tiny}", "data": "{rows.jsonl}", "device": "cpu", "threads": 1, "clients": 3, "clients_per_round": 2, "rounds": 1,

@@ -111,7 +111,7 @@ def test_every_setting_is_in_the_table() -> None:
 # Settings that say where, how fast or with whom, or that need a hub or several devices: both values may lead to the same.
 INERT = {
     "revision", "trust_remote_code", "device", "device_map", "offload", "threads", "out", "min_replies", "short_round",
-    "round_timeout", "wait_timeout", "min_clients", "resume", "grace", "max_examples",
+    "round_timeout", "wait_timeout", "min_clients", "resume", "grace", "max_examples", "keep_updates",
 }  # fmt: skip
 BOTH = pytest.mark.parametrize("kept", [False, True], ids=["process", "worker"])
 

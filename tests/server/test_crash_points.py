@@ -74,12 +74,13 @@ def test_every_crash_point_leads_to_the_same_end(build: Build, tmp_path: Path, m
     assert resume_all(settings, crashes.folders, end_of(Path(settings.out))) > 60
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "not kept"])
 def test_every_crash_point_of_a_run_with_large_states_leads_to_the_same_end(
-    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: bool, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """States and updates lie in files beside the ledger (here from 200 bytes on): also killed at the writes of those."""
     monkeypatch.setattr(fedtune.beside, "LARGE", 200)
-    settings = build("fedavg")
+    settings = build("fedavg", keep_updates=kept)
     crashes = watched(settings, tmp_path / "crashes", monkeypatch)
     moments = {moment: folder for moment, folder in crashes.folders.items() if "torn commit" not in moment}
     assert sum(".new" in moment for moment in moments) > 20

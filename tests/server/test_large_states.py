@@ -13,9 +13,10 @@ import fedtune.beside
 import fedtune.scratch
 from fedtune.beside import FOLDER, is_reference
 from fedtune.config import RunConfig
-from fedtune.errors import DamagedLedgerError
+from fedtune.errors import DamagedLedgerError, LedgerError
 from fedtune.ledger import Ledger
 from fedtune.ledger_file import LEDGER
+from fedtune.replay import Rules, replay
 from fedtune.verify import verify
 from tests.laws.federation import config, lying, run
 
@@ -116,3 +117,50 @@ def test_the_update_of_a_liar_leaves_no_file(settings: Settings) -> None:
     again = run(settings(), faults=longer)
     sizes = [path.stat().st_size for path in (again.folder.path / FOLDER).iterdir()]
     assert max(sizes) < 1.1 * min(sizes)
+
+
+@pytest.mark.usefixtures("small_rows")
+def test_updates_that_are_not_kept_leave_the_same_run_and_cannot_be_replayed(settings: Settings) -> None:
+    whole = run(settings(rounds=3))
+    once = settings(out="lean", rounds=2, keep_updates=False)
+    run(once)
+    lean = run(once.replace(resume=once.out, rounds=3))
+    assert lean.digests == whole.digests
+    assert lean.folder.read_bytes("best_coefficients.bin") == whole.folder.read_bytes("best_coefficients.bin")
+    with Ledger.open(Path(once.out)) as ledger:
+        payloads = {used.payload for number in range(4) for used in ledger.updates(number)}
+        names = {stored[len(fedtune.beside.MARK) : -8].hex() for stored in payloads if is_reference(stored)}
+        assert names
+        assert not names & {path.name for path in (Path(once.out) / FOLDER).iterdir()}
+        found = verify(ledger)
+        assert (found.digest, found.updates, found.replayed) == (whole.digests[-1], len(payloads), False)
+        with pytest.raises(LedgerError, match="were not kept"):
+            list(replay(ledger, Rules.of(ledger.header)))
+    (Path(once.out) / FOLDER / ledger_state(once)).write_bytes(b"other")
+    with Ledger.open(Path(once.out)) as ledger, pytest.raises(DamagedLedgerError):
+        verify(ledger)
+
+
+@pytest.mark.usefixtures("small_rows")
+def test_a_resume_frees_the_disk_of_updates(settings: Settings) -> None:
+    once = settings()
+    before = run(once)
+    files = len(list((Path(once.out) / FOLDER).iterdir()))
+    after = run(once.replace(resume=once.out, keep_updates=False))
+    assert after.digests == before.digests
+    assert len(list((Path(once.out) / FOLDER).iterdir())) < files
+    with Ledger.open(Path(once.out)) as ledger:
+        assert not verify(ledger).replayed
+
+
+def test_updates_that_fit_in_a_row_are_kept_and_replayed_all_the_same(settings: Settings) -> None:
+    once = settings("ferret", keep_updates=False)
+    run(once)
+    with Ledger.open(Path(once.out)) as ledger:
+        assert verify(ledger).replayed
+
+
+def ledger_state(once: RunConfig) -> str:
+    """The name of the file of the state of a run."""
+    with Ledger.open(Path(once.out)) as ledger:
+        return ledger.snapshot.arrays[len(fedtune.beside.MARK) : -8].hex()

@@ -149,11 +149,11 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
     expected = run(settings("ferret-fixed", out="whole", rounds=4)).digests
     real = Ledger.commit_round
 
-    def full_in_round_3(self: Ledger, row: Round, *rest: Any) -> None:
+    def full_in_round_3(self: Ledger, row: Round, *rest: Any, **settings: Any) -> None:
         if row.number == 3:
             pages = self._connection.execute("PRAGMA page_count").fetchone()[0]
             self._connection.execute(f"PRAGMA max_page_count = {pages}")
-        real(self, row, *rest)
+        real(self, row, *rest, **settings)
 
     monkeypatch.setattr(Ledger, "commit_round", full_in_round_3)
     once = settings("ferret-fixed", rounds=4)
