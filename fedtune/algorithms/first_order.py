@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.adamw import adamw
 
 from fedtune.algorithms.base import LocalWork
 from fedtune.config import RunConfig
@@ -27,6 +28,7 @@ Move = Callable[[Where, Tensor], object]
 
 BETAS = (0.9, 0.999)  # AdamW's, its usual ones
 EPSILON = 1e-8  # AdamW's
+FUSED = ("cpu", "cuda")  # devices where torch has AdamW in one pass over memory
 
 
 class Optimizer:
@@ -69,17 +71,21 @@ class Optimizer:
 
     def _adamw(self, index: int, weight: Tensor, gradient: Tensor, scale: float) -> Move:
         means, squares = self._zeros(index, weight, 2)
-        count = self._steps[index] = self._steps.get(index, 0) + 1
-        correction, rate = math.sqrt(1 - BETAS[1] ** count), self.lr / (1 - BETAS[0] ** count)
+        done = self._steps.get(index, 0)
+        self._steps[index] = done + 1
+        count = torch.tensor(0.0, device=weight.device)
+        fused = weight.device.type in FUSED
 
         def move(part: Where, wide: Tensor) -> None:
-            mean, square, now = means[part], squares[part], gradient[part].float()
+            now = gradient[part].float()
             if scale != 1.0:
                 now = now * scale
-            mean.lerp_(now, 1 - BETAS[0])
-            square.mul_(BETAS[1]).addcmul_(now, now, value=1 - BETAS[1])
-            denominator = square.sqrt().div_(correction).add_(EPSILON)
-            wide.addcdiv_(mean, denominator, value=-rate)
+            count.fill_(done)  # which torch adds 1 to
+            adamw(
+                [wide], [now], [means[part]], [squares[part]], [], [count],
+                lr=self.lr, beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON, weight_decay=0.0,
+                amsgrad=False, maximize=False, fused=fused,
+            )  # fmt: skip
 
         return move
 
