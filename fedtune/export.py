@@ -129,7 +129,7 @@ def is_base(run: RunFolder, name: str = FINAL) -> bool:
         RunFolderError: the folder has no coefficients, or damaged ones.
     """
     try:
-        digest, fingerprint = wire.named_state(run.read_bytes(name))
+        digest, fingerprint = wire.named_state(run.mapped(name))
     except MalformedMessageError as error:
         raise _damaged(run, name, error) from None
     return digest == Coefficients(()).digest(fingerprint)
@@ -215,7 +215,7 @@ def _coefficients(run: RunFolder, name: str, config: RunConfig, layout: Layout) 
 
     most, bits = partial(most_pools, config), config.coefficient_bits
     try:
-        return wire.decode_instruction(run.read_bytes(name), pool_at, most, layout.blocks, bits)
+        return wire.decode_instruction(run.mapped(name), pool_at, most, layout.blocks, bits)
     except (WireError, StaleReplicaError) as error:
         raise _damaged(run, name, error) from None
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import platform
 import shutil
@@ -183,10 +184,20 @@ class RunFolder:
 
     def read_bytes(self, name: str, most: int = MOST_BYTES) -> bytes:
         """The content of the file `name`, of at most so many bytes. Raises RunFolderError if it is missing or no such file."""
+        with self._reading(name) as target:
+            return read_regular(target, most)
+
+    def mapped(self, name: str) -> Buffer:
+        """The content of the file `name`, of any size, mapped into memory. Raises RunFolderError like `read_bytes`."""
+        with self._reading(name) as target, open_regular(target, ANY) as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
         target = self._file(name)
         with _explained(target, "read"):
             try:
-                return read_regular(target, most)
+                yield target
             except FileNotFoundError:
                 raise RunFolderError(
                     f"Run folder '{self.path}' has no {name}: the run stopped before it was written, so run it again.",

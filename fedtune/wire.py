@@ -221,7 +221,7 @@ def _nothing() -> None:
     """What the reader has of a pool that is not the first."""
 
 
-def named_state(data: bytes) -> tuple[bytes, bytes]:
+def named_state(data: Buffer) -> tuple[bytes, bytes]:
     """What the head of an instruction says: digest of its model, fingerprint of the base. Raises MalformedMessageError."""
     reader = Reader(data)
     _read_head(reader, Kind.INSTRUCTION)

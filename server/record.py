@@ -16,6 +16,7 @@ from fedtune.errors import RunFolderError
 from fedtune.evaluation import Evaluation, Generation, Scores
 from fedtune.ledger import Round, Used
 from fedtune.peaks import peak_memory
+from fedtune.pieces import Buffer
 from fedtune.replay import snapshot_of, state_after, updates_kept
 from fedtune.run_folder import BEST, COEFFICIENTS, CONFIG, SUMMARY
 from fedtune.traffic import Traffic, as_lists, from_lists, merged, total
@@ -179,10 +180,10 @@ class Record:
         Where updates were not kept it is left: it was written before its loss was, so only somebody else changed it.
         """
         best = int(min(self.rows, key=lambda row: number_of(row["eval_loss"]))["round"])
-        stored = b""
+        stored: Buffer = b""
         with contextlib.suppress(RunFolderError):
-            stored = self.folder.read_bytes(BEST)
-        there = stored[_DIGEST_AT] == self.ledger.round(best).state
+            stored = self.folder.mapped(BEST)
+        there = bytes(stored[_DIGEST_AT]) == self.ledger.round(best).state
         if not there and (best == self.last or updates_kept(self.ledger)):
             self.folder.write_parts(BEST, self.rules.encoded(state_after(self.ledger, self.rules, best), best))
 

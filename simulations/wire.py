@@ -95,7 +95,7 @@ def _measured(
     folder = RunFolder.open(config.out)
     rows = {int(row["round"]): from_lists(row["traffic"]) for row in folder.read_metrics() if row["round"]}
     wire = {client: attribute(seen, times, bundle) for client, seen in exchanges.items()}
-    base, catch_up = model_bytes(config), len(folder.read_bytes(COEFFICIENTS))
+    base, catch_up = model_bytes(config), len(folder.mapped(COEFFICIENTS))
     return Measured(preset, tls, times.submitted - times.idle, rows, wire, bundle, base, catch_up)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from fedtune.config import RunConfig
 from fedtune.errors import RunFolderError
-from fedtune.run_folder import RunFolder, check_new, versions
+from fedtune.run_folder import MOST_BYTES, RunFolder, check_new, versions
 
 
 @pytest.fixture
@@ -123,6 +123,21 @@ def test_missing_and_damaged_files_say_what_to_do(run: RunFolder) -> None:
     (run.path / "config.json").write_text("{}")
     with pytest.raises(RunFolderError, match="has no settings under 'used'"):
         run.config()
+
+
+def test_a_file_of_any_size_is_mapped(run: RunFolder) -> None:
+    """Of full weights, coefficients.bin has gigabytes: nothing reads it as a whole. A hole takes no room on the disk."""
+    with (run.path / "coefficients.bin").open("wb") as file:
+        file.truncate(MOST_BYTES + 2)
+        file.seek(MOST_BYTES + 1)
+        file.write(b"\x07")
+    assert run.mapped("coefficients.bin")[-2:] == b"\x00\x07"
+    with pytest.raises(RunFolderError, match="the most that it may have"):
+        run.read_bytes("coefficients.bin")
+    with pytest.raises(RunFolderError, match="run it again"):
+        run.mapped("best_coefficients.bin")
+    (run.path / "coefficients.bin").write_bytes(b"")
+    assert run.mapped("coefficients.bin") == b""
 
 
 def test_bytes_round_trip_and_leave_no_temporary_file(run: RunFolder) -> None:
