@@ -21,6 +21,7 @@ from benchmarks.measure import Options, Row
 from benchmarks.memory import memory
 from benchmarks.models import SIZES
 from benchmarks.step import step
+from benchmarks.whole import whole
 
 BENCHMARKS: dict[str, Callable[[Options], Iterable[Row]]] = {
     "add": add,
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Callable[[Options], Iterable[Row]]] = {
     "step": step,
     "first-order": first_order,
     "memory": memory,
+    "whole": whole,
     "dtype": dtype,
 }
 QUICK: dict[str, Any] = {"elements": 1 << 18, "pool": 64, "repeats": 1, "quick": True}
@@ -44,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--K", type=int, default=defaults.pool, dest="pool", help="seeds in the pool")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="local steps of dtype")
     parser.add_argument("--repeats", type=int, default=defaults.repeats, help="medians are over this many runs of each")
-    sizes = f"models of step and first-order, of {', '.join(SIZES)}; all of them by default"
+    sizes = f"models of step, first-order and whole, of {', '.join(SIZES)}; by default the largest for whole only"
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=defaults.sizes, help=sizes)
+    only = "measure the rows of first-order and whole with this in their name, such as lora-bfloat16"
+    parser.add_argument("--only", default=defaults.only, help=only)
     cpu_time = "measure the processor's time of step and first-order, of all threads: other work on the machine counts less"
     parser.add_argument("--cpu-time", action="store_true", help=cpu_time)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))

@@ -46,10 +46,12 @@ def first_order(options: Options) -> Iterator[Row]:
             for method in METHODS:
                 for dtype, rule in KINDS:
                     case = f"step.first-order.{method}-{_kind(dtype, rule)}-{name}"
-                    yield _step(case, _config(folder, size, method, dtype, rule, options), size, conditions, options)
+                    if options.only in case:
+                        yield _step(case, _config(folder, size, method, dtype, rule, options), size, conditions, options)
             for dtype, rule in KINDS:
                 config = _config(folder, size, "ferret", dtype, rule, options)
-                yield from _round(f"{_kind(dtype, rule)}-{name}", config, size, conditions, options)
+                if options.only in f"round.ferret-{_kind(dtype, rule)}-{name}":
+                    yield from _round(f"{_kind(dtype, rule)}-{name}", config, size, conditions, options)
 
 
 def _kind(dtype: str, rule: str) -> str:

@@ -25,7 +25,8 @@ class Options:
         threads: of torch, and so of the directions.
         device: of weights and models.
         steps: local steps of the dtype benchmark.
-        sizes: names of the models that steps are measured on (`models.SIZES`).
+        sizes: names of the models (`models.SIZES`); none: those that a benchmark has by default.
+        only: part of the names of the rows of first-order and whole that are measured; "": all.
         cpu_time: on the CPU, time is that of all threads and not of the clock on the wall.
         quick: sizes of a smoke test; its figures mean nothing.
     """
@@ -36,7 +37,8 @@ class Options:
     threads: int = 2
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     steps: int = 300
-    sizes: Sequence[str] = ("25M", "135M")
+    sizes: Sequence[str] = ()
+    only: str = ""
     cpu_time: bool = False
     quick: bool = False
 

@@ -25,16 +25,16 @@ def memory(options: Options) -> list[Row]:
         parameters = save_random(size, Path(folder))
         conditions = f"{parameters / 1e6:.1f} M float32 parameters ({parameters * 4 / 1e6:.0f} MB), 1 x {size.tokens} tokens"
 
-        def peak(case: str) -> float:
-            return _peak(case, folder, size.tokens, options)
+        def of(case: str) -> float:
+            return peak(case, folder, size.tokens, options)
 
-        inference = peak("inference")
+        inference = of("inference")
         return [
             Row(
                 "memory.fedkseed",
                 "MB",
-                peak("fedkseed"),
-                peak("official-fedkseed"),
+                of("fedkseed"),
+                of("official-fedkseed"),
                 inference,
                 f"{conditions}, 2 local steps; baseline keeps w0 beside the weights",
                 at_most_of_limit=1.15,
@@ -42,8 +42,8 @@ def memory(options: Options) -> list[Row]:
             Row(
                 "memory.ferret",
                 "MB",
-                peak("ferret"),
-                peak("official-ferret"),
+                of("ferret"),
+                of("official-ferret"),
                 inference,
                 f"{conditions}, 2 SGD steps; baseline keeps a copy of the start and all gradients",
                 at_least_below_baseline=1 / 0.6,
@@ -51,9 +51,9 @@ def memory(options: Options) -> list[Row]:
         ]
 
 
-def _peak(case: str, folder: str, tokens: int, options: Options) -> float:
+def peak(case: str, folder: str, tokens: int, options: Options, dtype: str = "float32") -> float:
     """MB of one case in a fresh process."""
-    arguments = [case, folder, str(tokens), str(options.device), str(options.threads), str(options.pool)]
+    arguments = [case, folder, str(tokens), str(options.device), str(options.threads), str(options.pool), dtype]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory_case", *arguments],

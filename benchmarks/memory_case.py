@@ -1,4 +1,6 @@
-"""One case of the memory benchmark in this process: `python -m benchmarks.memory_case CASE FOLDER TOKENS DEVICE THREADS K`.
+"""One case of the memory benchmark in this process.
+
+    python -m benchmarks.memory_case CASE FOLDER TOKENS DEVICE THREADS K DTYPE
 
 The case runs first on the embedded model, which loads every library and compiles every kernel, then on the model of the
 folder; what the second run needs at its peak beyond what is resident between the two is printed, in MB.
@@ -109,7 +111,7 @@ def _status(field: str) -> float:
 
 def main() -> None:
     """Run the case that the command line names."""
-    case, folder, tokens, device, threads, pool = sys.argv[1:]
+    case, folder, tokens, device, threads, pool, dtype = sys.argv[1:]
     config = RunConfig(
         model=folder,
         max_length=int(tokens),
@@ -118,6 +120,7 @@ def main() -> None:
         K=int(pool),
         local_steps=STEPS,
         lr=1e-7,
+        dtype=dtype,
     )
     print(peak(case, config))
 

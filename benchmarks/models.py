@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,16 +56,18 @@ STEP = Size(384, 11, 256)  # 25.8 M parameters
 SMOLLM2 = Size(576, 30, 256, vocabulary=49152, key_value_heads=3, steps=6, most_repeats=3)  # 134.5 M, SmolLM2-135M's shape
 MEMORY = Size(768, 12, 256)  # 97.5 M parameters
 QUICK = Size(64, 2, 32, steps=1)
-SIZES = {"25M": STEP, "135M": SMOLLM2}
+BILLION = Size(2048, 22, 256, vocabulary=32000, key_value_heads=4, steps=1, most_repeats=1)  # 1.0 G, TinyLlama's shape
+SIZES = {"25M": STEP, "135M": SMOLLM2, "1.1B": BILLION}
+STEPS = ("25M", "135M")  # the models on which steps are measured, unless others are asked for
 
 
-def models(options: Options) -> dict[str, Size]:
-    """By name: the models on which steps are measured."""
-    return {"quick": QUICK} if options.quick else {name: SIZES[name] for name in options.sizes}
+def models(options: Options, usual: Sequence[str] = STEPS) -> dict[str, Size]:
+    """By name: the models that were asked for, or the usual ones."""
+    return {"quick": QUICK} if options.quick else {name: SIZES[name] for name in options.sizes or usual}
 
 
-def save_random(size: Size, folder: Path) -> int:
-    """Write a random float32 Llama (tied embeddings) and the embedded model's tokenizer; returns its parameters."""
+def save_random(size: Size, folder: Path, dtype: torch.dtype = torch.float32) -> int:
+    """Write a random Llama (tied embeddings) and the embedded model's tokenizer; returns its parameters."""
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
@@ -77,7 +80,7 @@ def save_random(size: Size, folder: Path) -> int:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config).to(dtype)
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     logging.enable_progress_bar()

@@ -7,15 +7,16 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import first_order, limits, official
+from benchmarks import first_order, limits, official, whole
 from benchmarks.__main__ import line, main, run
 from benchmarks.measure import Options, Row, alternate
-from benchmarks.models import QUICK, SIZES, models, save_random
+from benchmarks.models import QUICK, SIZES, STEPS, models, save_random
 from fedtune.algorithms.first_order import FirstOrder
 from fedtune.config import RunConfig
 from fedtune.directions import Directions, Pool
@@ -90,7 +91,8 @@ def test_time_is_told_by_the_clock_that_was_asked_for() -> None:
 
 
 def test_steps_are_measured_on_the_models_that_were_asked_for() -> None:
-    assert models(Options()) == SIZES
+    assert set(models(Options())) == set(STEPS)
+    assert models(Options(), tuple(SIZES)) == SIZES
     assert models(Options(sizes=("135M",))) == {"135M": SIZES["135M"]}
     assert models(OPTIONS) == {"quick": QUICK}
 
@@ -159,3 +161,14 @@ def test_a_message_finds_the_worker_that_the_one_before_started() -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ") and "message" not in line]
     assert [(row[0].strip(), row[-1].strip()) for row in rows] == [("1", "1"), ("2", "1"), ("3", "1")]
+
+
+@pytest.mark.long
+def test_a_whole_run_is_held_against_its_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row has the figure of the run and what was said before; nothing is refused, so that digests agree."""
+    monkeypatch.setattr(whole, "METHODS", {"ferret": whole.METHODS["ferret"]})
+    rows = {row.name: row for row in whole.whole(OPTIONS)}
+    assert set(rows) == {f"whole.{what}-ferret-quick" for what in ("seconds", "memory", "client")}
+    assert all(row.ours and row.limit for row in rows.values())
+    assert not list(whole.whole(replace(OPTIONS, only="fedkseed")))
+    assert rows["whole.memory-ferret-quick"].ours > rows["whole.client-ferret-quick"].ours
