@@ -149,7 +149,7 @@ def test_the_official_rebuild_adds_what_the_official_projection_is_along() -> No
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     parameters = save_random(QUICK, tmp_path)
-    command = [sys.executable, "-m", "benchmarks.memory_case", "inference", str(tmp_path), "32", "cpu", "1", "64"]
+    command = [sys.executable, "-m", "benchmarks.memory_case", "inference", str(tmp_path), "32", "cpu", "1", "64", "float32"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert 1 < float(done.stdout) / (4e-6 * parameters) < 20
 
