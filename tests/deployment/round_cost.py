@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from federations import TINY, answers
@@ -21,7 +22,7 @@ from loopback import Loopback, change, wait_until
 
 from benchmarks.models import QUICK, save_random
 from benchmarks.worker_case import WORKER
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, Scalar, read_setting
 from fedtune.ledger import Ledger
 from simulations.engines.flower_app import config_lines
 
@@ -35,6 +36,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="local steps of a round")
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--large", action="store_true", help="a random Llama of 206 M parameters instead of a tiny one")
+    parser.add_argument("--model", default="", metavar="DIR", help="this model instead, such as SmolLM2-135M-Instruct")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as algorithm=fedavg")
     parser.add_argument("--flower", action="store_true", help="with Flower's own waits, to compare")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what was started is ended on the way out
@@ -42,11 +45,12 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))  # short: sockets lie in it
     loopback = Loopback(folder / "d", names)
     try:
-        parameters = save_random(size, folder / "model")
+        model = Path(asked.model) if asked.model else folder / "model"
+        parameters = 0 if asked.model else save_random(size, model)
         rows = [{"instruction": f"Say {n}.", "output": "one two three four five " * 8, "category": "a"} for n in range(20)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for name in names:
-            change(loopback.node(name) / "node.env", MODEL=str(folder / "model"), DATA=str(folder / "rows.jsonl"))
+            change(loopback.node(name) / "node.env", MODEL=str(model), DATA=str(folder / "rows.jsonl"))
             if asked.flower:
                 as_flower(loopback.node(name))
         loopback.start(loopback.server)
@@ -54,10 +58,10 @@ def main() -> None:
         assert loopback.call("register.sh").returncode == 0
         for name in names:
             loopback.start(loopback.node(name))
-        print(
-            f"{parameters / 1e6:.1f} M parameters, {asked.nodes} nodes, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-        )
-        run(loopback, folder, asked.rounds, asked.steps, size.tokens)
+        what = f"'{model}'" if asked.model else f"{parameters / 1e6:.1f} M parameters"
+        print(f"{what}, {asked.nodes} nodes, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+        own = dict(map(read_setting, asked.set))
+        run(loopback, folder, model, {"rounds": asked.rounds, "local_steps": asked.steps, "max_length": size.tokens, **own})
         report(loopback, folder, names)
         print(f"\nload average {os.getloadavg()[0]:.1f}")
     finally:
@@ -77,14 +81,14 @@ def as_flower(node: Path) -> None:
         path.write_text(text.replace(ours, theirs))
 
 
-def run(loopback: Loopback, folder: Path, rounds: int, steps: int, tokens: int) -> None:
+def run(loopback: Loopback, folder: Path, model: Path, asked: Mapping[str, Scalar]) -> None:
     """A run on all nodes without evaluation."""
     nodes = len(list((loopback.folder / "nodes").iterdir()))
     rows = str(folder / "rows.jsonl")
+    usual = {key: value for key, value in TINY.items() if key not in ("K", "eps")}  # which not every algorithm has
     settings = {
-        **TINY, "model": str(folder / "model"), "data": rows, "holdout_file": rows, "holdout_category": "", "rounds": rounds,
-        "local_steps": steps, "batch_size": 1, "lr": 1e-7, "clients": nodes, "clients_per_round": nodes, "eval_every": 0,
-        "eval_samples": 1, "max_length": tokens, "out": str(folder / "run"),
+        **usual, "model": str(model), "data": rows, "holdout_file": rows, "holdout_category": "", "batch_size": 1, "lr": 1e-7,
+        "clients": nodes, "clients_per_round": nodes, "eval_every": 0, "eval_samples": 1, "out": str(folder / "run"), **asked,
     }  # fmt: skip
     (folder / "preset.toml").write_text("\n".join(config_lines(RunConfig.from_mapping(settings))) + "\n")
     done = loopback.run(folder / "preset.toml")
