@@ -12,6 +12,7 @@ import torch
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS, Algorithm, State
 from fedtune.algorithms.base import pool_number
+from fedtune.algorithms.first_order import gathers
 from fedtune.beside import LARGE
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
@@ -34,7 +35,7 @@ class Memory:
         weights: the live weights.
         scratch: perturbed weights, of the largest module or of a small model as a whole (FedKSeed).
         logits: float32 logits of the longest batch, the largest tensor of a forward pass.
-        gradients: the largest one, or one for each weight with `accumulate` or `clip_norm` (Ferret).
+        gradients: the largest one, or one for each weight with `accumulate` or `clip_norm`, or where they are few (Ferret).
         optimizer: state of momentum or adamw, float32 (Ferret).
         master: the float32 copy of 16-bit weights, with `update_rounding = master`.
         saved: activations that the backward pass over the longest batch needs, logits included (Ferret).
@@ -171,14 +172,13 @@ STATES = {"sgd": 0, "momentum": 1, "adamw": 2}  # float32 numbers that an optimi
 
 def _memory(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbation: Perturbation, longest: Batch) -> Memory:
     sizes = [weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad]
-    together = config.accumulate > 1 or config.clip_norm > 0
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     logits, saved = _activations(model, longest)
     return Memory(
         weights=weights,
         scratch=perturbation.scratch_bytes,
         logits=logits,
-        gradients=sum(sizes) if together else max(sizes),
+        gradients=sum(sizes) if gathers(config, sum(sizes)) else max(sizes),
         optimizer=STATES[config.optimizer] * FLOAT32 * layout.numel,
         master=FLOAT32 * layout.numel if config.update_rounding == "master" else 0,
         saved=saved,

@@ -2,7 +2,8 @@
 
 As soon as the gradient of a tensor is complete, that tensor is updated and the gradient is freed: besides activations a
 step needs the largest gradient and not all of them. Two settings need all gradients of a step at once, a copy of the
-weights in size: `clip_norm` (the norm is that of all) and `accumulate` above 1 (gradients are summed over batches).
+weights in size: `clip_norm` (the norm is that of all) and `accumulate` above 1 (gradients are summed over batches). And
+where all of them are small, as those of adapters, they are gathered: a hook for each of hundreds costs more than it saves.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Move = Callable[[Where, Tensor], object]
 
 BETAS = (0.9, 0.999)  # AdamW's, its usual ones
 EPSILON = 1e-8  # AdamW's
+GATHERED = 16 << 20  # bytes of all gradients up to which they are gathered
 FUSED = ("cpu", "cuda")  # devices where torch has AdamW in one pass over memory
 
 
@@ -95,6 +97,11 @@ class Optimizer:
         return self._state[index]
 
 
+def gathers(config: RunConfig, size: int) -> bool:
+    """Whether all gradients of a step are there at once; `size` is their bytes."""
+    return config.accumulate > 1 or config.clip_norm > 0 or size <= GATHERED
+
+
 def is_finite(gradient: Tensor) -> bool:
     """Whether all of it is, and the sum of its squares too; in one pass, without a copy in another dtype."""
     if gradient.dtype == torch.float16 and gradient.numel():  # a norm above 65,504 would not fit the dtype that it comes in
@@ -129,7 +136,7 @@ class FirstOrder:
     def __init__(self, work: LocalWork, config: RunConfig) -> None:
         self.work, self.config = work, config
         self.optimizer = Optimizer(config, work.live)
-        self.at_once = config.accumulate == 1 and not config.clip_norm
+        self.at_once = not gathers(config, sum(weight.numel() * weight.element_size() for weight in work.weights))
         self._finite = True
         self._handles: list[Any] = []
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.algorithms import LocalWork
+from fedtune.algorithms import LocalWork, first_order
 from fedtune.algorithms.ferret import local_update
 from fedtune.algorithms.first_order import FirstOrder
 from fedtune.config import RunConfig
@@ -24,6 +24,12 @@ from fedtune.replica import Replica
 from fedtune.wire import Instruction, Status, Update
 
 POOL = Pool("hadamard", 5, 64)
+
+
+@pytest.fixture(autouse=True)
+def _each_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a large model: gradients of a tiny one would be gathered."""
+    monkeypatch.setattr(first_order, "GATHERED", 0)
 
 
 @pytest.fixture
@@ -117,6 +123,24 @@ def test_working_inside_the_backward_pass_changes_no_bit(replica: Replica, optim
     reset(replica, start)
     together = take(replica, config(optimizer=optimizer, clip_norm=1e9))
     assert all(torch.equal(one, other) for one, other in zip(at_once, together, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
+def test_gradients_that_are_small_are_gathered_and_change_no_bit(
+    replica: Replica, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = [weight.detach().clone() for weight in replica.weights]
+    asked = config(optimizer=optimizer)
+    at_once = take(replica, asked)
+    reset(replica, start)
+    size = sum(weight.numel() * weight.element_size() for weight in replica.weights)
+    monkeypatch.setattr(first_order, "GATHERED", size)
+    hooked: list[object] = []
+    monkeypatch.setattr(FirstOrder, "_arrived", lambda *arguments: hooked.append(arguments))
+    gathered = take(replica, asked)
+    assert not hooked
+    assert all(torch.equal(one, other) for one, other in zip(at_once, gathered, strict=True))
+    assert not first_order.gathers(asked, size + 1)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])

@@ -13,6 +13,7 @@ from playback import Outcome, last_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune import estimate as estimate_module
+from fedtune.algorithms import first_order
 from fedtune.architecture import needs_of_architecture
 from fedtune.cli.data import marked
 from fedtune.config import RunConfig
@@ -127,7 +128,10 @@ def test_estimate_counts_evaluations_and_clients(tiny_folder: Path, instructions
     assert found.seconds == pytest.approx(4 * (3 * found.step_seconds + found.client_seconds) + 3 * found.evaluation_seconds)
 
 
-def test_memory_has_the_sizes_of_the_tensors(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
+def test_memory_has_the_sizes_of_the_tensors(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_order, "GATHERED", 0)  # as with a large model
     memory = estimate_run(settings(tiny_folder, instructions, tmp_path)).memory
     lm = load_model(RunConfig(model=str(tiny_folder), device="cpu"))
     weights = sum(parameter.numel() for parameter in lm.model.parameters()) * 4
@@ -140,12 +144,19 @@ def test_memory_has_the_sizes_of_the_tensors(tiny_folder: Path, instructions: Pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "gradients", "states"),
-    [({"clip_norm": 1.0}, 1, 0), ({"accumulate": 2, "optimizer": "momentum"}, 1, 1), ({"optimizer": "adamw"}, 0, 2)],
+    ("changes", "few", "gradients", "states"),
+    [
+        ({"clip_norm": 1.0}, 0, 1, 0),
+        ({"accumulate": 2, "optimizer": "momentum"}, 0, 1, 1),
+        ({"optimizer": "adamw"}, 0, 0, 2),
+        ({}, 1 << 20, 1, 0),
+    ],
 )
 def test_memory_counts_what_a_first_order_step_keeps(
-    tiny_folder: Path, changes: dict[str, object], gradients: int, states: int
+    tiny_folder: Path, changes: dict[str, object], few: int, gradients: int, states: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All gradients, or the largest one, unless they are few."""
+    monkeypatch.setattr(first_order, "GATHERED", few)
     config = RunConfig.from_mapping({"model": str(tiny_folder), "algorithm": "ferret", **changes})
     memory = needs_of_architecture(config).memory
     assert (memory.gradients == memory.weights) == bool(gradients)
