@@ -1,12 +1,15 @@
 """What a run will need, before it starts: memory, bytes and time, from the loaded model and a few pieces of the work itself.
 
 Time is linear in the tokens of a batch, so two batches, a short and a long one, are timed, and what lies between them is
-summed over the batches that the run will see. Memory is the peak while the largest batch is worked on.
+summed over the batches that the run will see. The first batch of a length costs more, since libraries make kernels for it:
+that is timed too, and counted for as many lengths as the run is expected to see. Memory is the peak while the largest batch
+is worked on.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,19 +130,35 @@ class Line:
 def _time_client(here: Resident, config: RunConfig) -> tuple[float, float]:
     """(seconds per local step, seconds of a client's round besides its steps), from real local updates."""
     seen = sorted(_batches_of_clients(here, config), key=_tokens)
-    short, long = seen[len(seen) // 4], seen[len(seen) * 9 // 10]
+    short, middle, long = (seen[len(seen) * tenths // 10] for tenths in (2, 5, 9))
     _local_update(here, config, 1, long)  # kernels compile, caches warm up
     times = config.client_steps // config.local_steps  # of `central`, whose steps those are of several clients
     timed: list[tuple[int, float]] = []
-    rest = 0.0
-    for batch in (short, long):
+    rest, first = 0.0, list[float]()
+    for batch in (short, middle, long):
+        new = _seconds(here, partial(_local_update, here, config, 1, batch))
         one = _seconds(here, partial(_local_update, here, config, 1, batch))
-        more = _seconds(here, partial(_local_update, here, config, 1 + TIMED_STEPS, batch))
-        step = max(0.0, more - one) / TIMED_STEPS
-        timed.append((_tokens(batch), step / times))
-        rest = max(0.0, one - step)
+        if batch is not long:
+            first.append(max(0.0, new - one))
+        if batch is not middle:
+            more = _seconds(here, partial(_local_update, here, config, 1 + TIMED_STEPS, batch))
+            step = max(0.0, more - one) / TIMED_STEPS
+            timed.append((_tokens(batch), step / times))
+            rest = max(0.0, one - step)
     line = Line(*timed)
-    return sum(line.at(_tokens(batch)) for batch in seen) / len(seen), rest
+    known = sum(line.at(_tokens(batch)) for batch in seen) / len(seen)
+    return known + share_of_new(Counter(map(_tokens, seen)), _steps(config)) * sum(first) / len(first), rest
+
+
+def share_of_new(lengths: Counter[int], steps: int) -> float:
+    """The expected share of `steps` batches that are the first of their length, if they are drawn from `lengths`."""
+    total = lengths.total()
+    return sum(1 - (1 - count / total) ** steps for count in lengths.values()) / steps
+
+
+def _steps(config: RunConfig) -> int:
+    """Local steps of all clients of the run."""
+    return config.rounds * config.invited_per_round * config.client_steps
 
 
 def _tokens(batch: Batch) -> int:

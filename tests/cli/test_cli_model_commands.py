@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fedtune.algorithms import first_order
 from fedtune.architecture import needs_of_architecture
 from fedtune.cli.data import marked
 from fedtune.config import RunConfig
-from fedtune.estimate import estimate_run
+from fedtune.estimate import estimate_run, share_of_new
 from fedtune.evaluation import evaluate
 from fedtune.export import load_tuned
 from fedtune.layout import fingerprint
@@ -161,6 +162,13 @@ def test_memory_counts_what_a_first_order_step_keeps(
     memory = needs_of_architecture(config).memory
     assert (memory.gradients == memory.weights) == bool(gradients)
     assert memory.optimizer == states * memory.weights
+
+
+def test_how_many_batches_are_the_first_of_their_length() -> None:
+    """One of one length; of two lengths and two steps, two in half of the cases; in the end as many as there are lengths."""
+    assert share_of_new(Counter({40: 7}), 5) == pytest.approx(1 / 5)
+    assert share_of_new(Counter({40: 3, 50: 3}), 2) == pytest.approx(1.5 / 2)
+    assert 10_000 * share_of_new(Counter(range(30, 60)), 10_000) == pytest.approx(30)
 
 
 def test_estimate_on_the_screen_and_as_json(fedtune: Callable[..., Outcome], tiny_preset: Path) -> None:
