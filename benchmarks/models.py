@@ -53,7 +53,7 @@ class Size:
 
 
 STEP = Size(384, 11, 256)  # 25.8 M parameters
-SMOLLM2 = Size(576, 30, 256, vocabulary=49152, key_value_heads=3, steps=6, most_repeats=3)  # 134.5 M, SmolLM2-135M's shape
+SMOLLM2 = Size(576, 30, 256, vocabulary=49152, key_value_heads=3, steps=2, most_repeats=3)  # 134.5 M, SmolLM2-135M's shape
 MEMORY = Size(768, 12, 256)  # 97.5 M parameters
 QUICK = Size(64, 2, 32, steps=1)
 BILLION = Size(2048, 22, 256, vocabulary=32000, key_value_heads=4, steps=1, most_repeats=1)  # 1.0 G, TinyLlama's shape
