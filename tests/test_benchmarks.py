@@ -154,7 +154,7 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert 1 < float(done.stdout) / (4e-6 * parameters) < 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the age of a process from /proc")
 def test_a_message_finds_the_worker_that_the_one_before_started() -> None:
     command = [sys.executable, "-m", "benchmarks.worker_case", "--quick", "--messages", "2"]

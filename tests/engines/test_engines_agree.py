@@ -37,7 +37,7 @@ def homes(monkeypatch) -> Iterator[Path]:
         assert list(Path(folder).iterdir()) == []
 
 
-@pytest.mark.parametrize("algorithm", ["fedkseed", "ferret"])
+@pytest.mark.parametrize("algorithm", [pytest.param("fedkseed", marks=pytest.mark.long), "ferret"])
 def test_flower_and_in_process_reach_the_same_model(small, tmp_path, homes, algorithm):
     events: list[progress.Event] = []
     with progress.listening(events.append):

@@ -148,6 +148,7 @@ def test_real_runs_are_resumed_to_the_digest_of_one_that_never_stopped(tiny_pres
         run_sweep(plan(tmp_path / "sweep", (1e-3,), rounds=4, base=base.replace(K=128)))
 
 
+@pytest.mark.faults
 def test_a_killed_sweep_is_carried_on(tiny_preset: Path, tmp_path: Path) -> None:
     """The sweep's process dies after the first rung; the same command ends it, with the first rung's runs as they were."""
     killed = (

@@ -116,7 +116,7 @@ INERT = {
 BOTH = pytest.mark.parametrize("kept", [False, True], ids=["process", "worker"])
 
 
-@BOTH
+@pytest.mark.parametrize("kept", [False, pytest.param(True, marks=pytest.mark.long)], ids=["process", "worker"])
 def test_every_run_is_what_it_is_in_a_fresh_process(kept: bool, folder: Path, expected: Callable[[Settings], Outcome]) -> None:
     """Every run follows one with another value of its setting, and is followed by one that has the usual value again."""
     keeper = Keeper() if kept else None
