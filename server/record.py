@@ -177,14 +177,18 @@ class Record:
     def _catch_up_best(self) -> None:
         """Write best_coefficients.bin again, by replay, if it is not the model with the lowest loss.
 
-        Where updates were not kept it is left: it was written before its loss was, so only somebody else changed it.
+        Where updates were not kept it cannot be made again: another model has no business under its name and is removed. The
+        evaluation that a process died in writes it anew.
         """
         best = int(min(self.rows, key=lambda row: number_of(row["eval_loss"]))["round"])
         stored: Buffer = b""
         with contextlib.suppress(RunFolderError):
             stored = self.folder.mapped(BEST)
-        there = bytes(stored[_DIGEST_AT]) == self.ledger.round(best).state
-        if not there and (best == self.last or updates_kept(self.ledger)):
+        if bytes(stored[_DIGEST_AT]) == self.ledger.round(best).state:
+            return
+        if best != self.last and not updates_kept(self.ledger):
+            self.folder.discard(BEST)
+        else:
             self.folder.write_parts(BEST, self.rules.encoded(state_after(self.ledger, self.rules, best), best))
 
     # ------------------------------------------------------------------ the end

@@ -153,6 +153,23 @@ def test_a_resume_frees_the_disk_of_updates(settings: Settings) -> None:
         assert not verify(ledger).replayed
 
 
+@pytest.mark.usefixtures("small_rows")
+@pytest.mark.parametrize("kept", [True, False])
+def test_another_model_does_not_stay_as_the_best_one(kept: bool, settings: Settings) -> None:
+    """With updates, the best model is made again; without, a file that holds another one is removed."""
+    once = settings(keep_updates=kept, lr=3.0)
+    found = run(once)
+    losses = [row["eval_loss"] for row in found.folder.read_metrics()]
+    assert min(losses) < losses[-1], "the best model is not the last one, which is always there"
+    path = found.folder.path / "best_coefficients.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + bytes(16) + whole[56:])
+    run(once.replace(resume=once.out))
+    assert path.exists() == kept
+    if kept:
+        assert path.read_bytes() == whole
+
+
 def test_updates_that_fit_in_a_row_are_kept_and_replayed_all_the_same(settings: Settings) -> None:
     once = settings("ferret", keep_updates=False)
     run(once)
