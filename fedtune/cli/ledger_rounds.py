@@ -53,7 +53,7 @@ def verify(run: RunArgument) -> None:
 
     with Ledger.open(RunFolder.open(run).path) as ledger:
         found = check(ledger)
-    lead = "that lead to the same digests" if found.replayed else "of which not all were kept (keep_updates), so that none was replayed"
+    lead = "that lead to the same digests" if found.replayed else "of which not all were kept, so none was replayed"
     Screen().say(
         f"The ledger is as it was written: {found.rounds} rounds, {found.updates} updates {lead}, "
         f"{found.events} events, {found.pools} finished pools. Digest of the model: {found.digest}"
