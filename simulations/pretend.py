@@ -12,7 +12,7 @@ import numpy.typing as npt
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from fedtune import wire
-from fedtune.algorithms.ferret import allocate, pool_size
+from fedtune.algorithms.coordinates import allocate, pool_size
 from fedtune.config import RunConfig
 from fedtune.layout import Layout
 from fedtune.resident import resident

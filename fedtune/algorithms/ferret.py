@@ -28,20 +28,26 @@ import torch
 
 from fedtune.algorithms.base import Algorithm, LocalWork, State, no_draw_weights, server_rate, shares
 from fedtune.algorithms.change import Change
+from fedtune.algorithms.coordinates import (
+    I64,
+    LARGEST_COUNT,
+    OFFICIAL_LEAST,
+    allocate,
+    block_rule,
+    mean_norms,
+    most_coordinates,
+    pool_size,
+    shared_counts,
+)
 from fedtune.algorithms.first_order import descend
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
 from fedtune.errors import MalformedMessageError
-from fedtune.layout import BlockRule, Layout
+from fedtune.layout import Layout
 from fedtune.seeds import Stream
 from fedtune.wire import Instruction, Kind, Status, Update
 
-I64 = npt.NDArray[np.int64]
-LARGEST_COUNT = 65535  # counts travel as 16-bit numbers
 NORM_PIECE = 1 << 16  # elements whose squares are summed at once: 512 KiB of float64, which stay in a core's cache
-LEAST_NORM = 0.01  # of the largest block's norm: what a block counts for at least where the server divides K
-OFFICIAL_LEAST = 2  # coordinates of any block in the official code, also of one that did not move
-OFFICIAL_FLOOR = 1e-8  # the largest norm counts as at least this in the official code
 OFFICIAL_PIECE_NORM = 10.0  # a rank-one piece of the rebuild is scaled down to this norm in the official code
 
 
@@ -115,78 +121,6 @@ def _counts(norms: F64, layout: Layout, size: int, config: RunConfig, instructio
     if instruction.counts.size:
         return instruction.counts.astype(np.int64)
     return allocate(norms, np.array(layout.block_sizes), config.K, size, config.allocation)
-
-
-def shared_counts(state: State, config: RunConfig, layout: Layout) -> I64:
-    """int64 [L]: with coordinates = shared, how the server divides K: by the norms of the last round's mean update.
-
-    They are measured in its coordinates (`mean_norms`). Before the first round the norm of a block is taken in
-    proportion to sqrt(d_l), and a block never counts for less than LEAST_NORM of the largest, so that it is seen again.
-    """
-    if config.coordinates == "own":
-        return np.zeros(0, dtype=np.int64)
-    sizes = np.array(layout.block_sizes)
-    norms = state.statistics["norms"][:, 0]
-    largest = float(norms.max(initial=0.0))
-    guess = np.maximum(norms, LEAST_NORM * largest) if largest else np.sqrt(sizes)
-    return allocate(guess, sizes, config.K, state.pool.size, config.allocation)
-
-
-def mean_norms(step: F64, counts: I64, scale: F64, before: F64) -> F64:
-    """float64 [L]: norms of the clients' mean update, from its coordinates: E <z, delta>^2 = ||delta||^2.
-
-    Args:
-        step: float64 [L, K], the mean of the clients' coordinates, each times its block's scale.
-        counts, scale: [L], coordinates and scale of each block.
-        before: float64 [L], kept where a block had no coordinates.
-    """
-    squares = np.square(step / scale[:, None]).sum(axis=1) / np.maximum(counts, 1)
-    return np.asarray(np.where(counts > 0, np.sqrt(squares), before))
-
-
-def allocate(norms: F64, sizes: I64, total: int, pool_size: int, rule: str) -> I64:
-    """Divide `total` coordinates over the blocks: K_l in proportion to the rule's weight, at most min(pool_size, d_l).
-
-    norm (the paper): ||delta_l||. norm-sqrt-size: ||delta_l|| sqrt(d_l), which minimises the expected squared error
-    sum_l ||delta_l||^2 d_l / K_l under sum_l K_l = total. uniform: all equal. A block that did not move gets none.
-    official (Ferret's code): no total, but K_l = max(int(||delta_l|| / largest norm * pool_size), 2).
-
-    Args:
-        norms: float64 [L], norms of the blocks' updates.
-        sizes: int64 [L], parameters in each block.
-
-    Returns:
-        int64 [L], summing to `total`, or to less if all blocks that moved are full.
-    """
-    if rule == "official":
-        part = norms / max(float(norms.max(initial=0.0)), OFFICIAL_FLOOR)
-        return np.clip((part * pool_size).astype(np.int64), OFFICIAL_LEAST, min(pool_size, LARGEST_COUNT))
-    weights = {"norm": norms, "norm-sqrt-size": norms * np.sqrt(sizes), "uniform": (norms > 0).astype(np.float64)}[rule]
-    caps = np.where(weights > 0, np.minimum(np.minimum(sizes, pool_size), LARGEST_COUNT), 0)
-    counts = np.zeros(len(sizes), dtype=np.int64)
-    open_blocks = weights > 0
-    left = total
-    while left > 0 and open_blocks.any():  # hand out in proportion; what full blocks cannot take goes to the others
-        share = np.where(open_blocks, weights, 0.0)
-        ideal = share / share.sum() * left
-        grant = np.minimum(np.floor(ideal).astype(np.int64), caps - counts)
-        if not grant.any():
-            order = np.argsort(-(ideal - np.floor(ideal)), kind="stable")
-            order = order[open_blocks[order]][:left]
-            grant = np.zeros_like(counts)
-            grant[order] = 1
-        counts += grant
-        left = total - int(counts.sum())
-        open_blocks = (weights > 0) & (counts < caps)
-    return counts
-
-
-def most_coordinates(config: RunConfig, layout: Layout) -> int:
-    """Coordinates that a client sends in a round at most."""
-    size = pool_size(config, layout)
-    if config.allocation == "official":
-        return layout.blocks * min(size, LARGEST_COUNT)
-    return min(config.K, sum(min(block, size, LARGEST_COUNT) for block in layout.block_sizes))
 
 
 def check_update(update: Update, config: RunConfig, layout: Layout) -> None:
@@ -273,27 +207,10 @@ def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, la
     return replace(state, round=state.round + 1, values=values, statistics=statistics)
 
 
-def pool_size(config: RunConfig, layout: Layout) -> int:
-    """Seeds that every block can choose from: `pool_size`, or room for four times an equal share of K, at most K.
-
-    With the official allocation K itself is the size of the pool.
-    """
-    if config.pool_size:
-        return config.pool_size
-    if config.allocation == "official":
-        return config.K
-    equal = -(-config.K // layout.blocks)
-    return min(config.K, 1 << (4 * equal - 1).bit_length())
-
-
-def _block_rule(config: RunConfig) -> BlockRule:
-    return "grouped" if config.blocks == "auto" else config.blocks
-
-
 FERRET = Algorithm(
     name="ferret",
     kind=Kind.COORDINATES,
-    block_rule=_block_rule,
+    block_rule=block_rule,
     pool_size=pool_size,
     statistics=lambda blocks, size: {"velocity": np.zeros((blocks, size)), "norms": np.zeros((blocks, 1))},
     draw_weights=no_draw_weights,

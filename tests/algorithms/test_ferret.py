@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 
 from fedtune.algorithms import ALGORITHMS
 from fedtune.algorithms.base import server_rate
-from fedtune.algorithms.ferret import (
-    allocate,
-    check_update,
-    chosen_seeds,
-    clip_pieces,
-    most_coordinates,
-    pool_size,
-    scales,
-)
+from fedtune.algorithms.coordinates import allocate, most_coordinates, pool_size
+from fedtune.algorithms.ferret import check_update, chosen_seeds, clip_pieces, scales
 from fedtune.config import RunConfig
 from fedtune.errors import ContradictionError, MalformedMessageError
 from fedtune.layout import Layout

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS, LocalWork
+from fedtune.algorithms.coordinates import allocate, pool_size
 from fedtune.algorithms.fedkseed import draw_weights, drawn_seeds, probabilities
-from fedtune.algorithms.ferret import allocate, local_update, pool_size, project
+from fedtune.algorithms.ferret import local_update, project
 from fedtune.algorithms.zeroth_order import two_point
 from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
 from fedtune.config import RunConfig
