@@ -38,7 +38,9 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     # ------------------------------------------------------------------ the method
-    algorithm: Literal["fedkseed", "fedkseed-pro", "ferret", "fedavg", "lora", "fedzo", "decomfl", "local", "central"] = Field(
+    algorithm: Literal[
+        "fedkseed", "fedkseed-pro", "ferret", "subspace", "fedavg", "lora", "fedzo", "decomfl", "local", "central"
+    ] = Field(
         "fedkseed",
         description="fedkseed, fedkseed-pro (arXiv 2312.06353) or ferret (arXiv 2409.06277); to compare with: fedavg (full "
         "weights), lora (FedIT), fedzo, decomfl (arXiv 2405.15861), local (one client alone), central (all data in one place)",
@@ -67,7 +69,7 @@ class RunConfig(BaseModel):
         1024,
         ge=2,
         le=65536,
-        description="fedkseed: candidate seeds in the pool; ferret: coordinates that a client sends in a round "
+        description="fedkseed: candidate seeds in the pool; ferret and subspace: coordinates that a client sends in a round "
         "(with allocation official: candidate seeds in the pool, as in its code); the others have no use for it",
     )
     # ------------------------------------------------------------------ fedkseed
@@ -79,10 +81,11 @@ class RunConfig(BaseModel):
     server_lr: float = Field(1.0, gt=0, description="step of the server along the mean update (1: as measured)")
     anneal: Literal["none", "linear", "cosine"] = Field("none", description="schedule of server_lr over the rounds")
     momentum: float = Field(0.0, ge=0, lt=1, description="ferret: server momentum on the coordinates (fixed pool only)")
-    optimizer: Literal["sgd", "momentum", "adamw"] = Field(
-        "sgd",
-        description="rule of first-order local steps (Ferret's paper uses sgd); momentum and adamw keep one or two float32 "
-        "copies of the weights in memory and start afresh every round; adamw: betas 0.9 and 0.999, no weight decay",
+    optimizer: Literal["", "sgd", "momentum", "adamw"] = Field(
+        "",
+        description="rule of first-order local steps; '': momentum for subspace, else sgd (as in Ferret's paper); momentum and "
+        "adamw keep one or two float32 copies of the weights in memory (subspace: of K numbers) and start afresh every round; "
+        "adamw: betas 0.9 and 0.999 (subspace: 0.99), no weight decay",
     )
     local_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of optimizer momentum")
     accumulate: int = Field(
@@ -94,13 +97,16 @@ class RunConfig(BaseModel):
         description="first order: gradient norm above which a local step is scaled down; 0: off (else all gradients are in "
         "memory)",
     )
-    pool_size: int = Field(0, ge=0, le=65536, description="ferret: most coordinates one block can get; 0: chosen from K")
+    pool_size: int = Field(
+        0, ge=0, le=65536, description="most coordinates one block can get (ferret, subspace); 0: chosen from K"
+    )
     blocks: Literal["auto", "one", "grouped", "tensor"] = Field(
-        "auto", description="parameters that share coefficients: auto is one for fedkseed and grouped for ferret"
+        "auto", description="parameters that share coefficients: auto is grouped for ferret and subspace, one for others"
     )
     allocation: Literal["norm-sqrt-size", "norm", "uniform", "official"] = Field(
         "norm-sqrt-size",
-        description="ferret: how K is divided over blocks (the paper uses norm); official: K for the block that moved most, "
+        description="ferret, subspace: how K is divided over blocks (Ferret's paper uses norm); official: K for the block "
+        "that moved most, "
         "in proportion to the norm for the others, at least 2",
     )
     reconstruction: Literal["unbiased", "shrunken", "official"] = Field(
@@ -131,7 +137,7 @@ class RunConfig(BaseModel):
     )
     rank: int = Field(1, ge=1, le=256, description="lowrank: rank of a matrix's direction")
     pool_every: int = Field(
-        0, ge=0, le=1_000_000, description="rounds after which a fresh pool is drawn; 0: one pool for the run"
+        0, ge=0, le=1_000_000, description="rounds after which a fresh pool is drawn; 0: one pool for the run, for subspace 1"
     )
     # ------------------------------------------------------------------ wire
     coefficient_bits: int = Field(

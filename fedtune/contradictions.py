@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fedtune.choices import check_choices
 from fedtune.errors import ConfigError, ContradictionError
 from fedtune.foreign import client_id
-from fedtune.methods import FIXED, OWNERS, WHOLE_WEIGHTS, ZEROTH_ORDER, Scalar
+from fedtune.methods import FIXED, OWNERS, SOME_COORDINATES, WHOLE_WEIGHTS, ZEROTH_ORDER, Scalar
 
 if TYPE_CHECKING:
     from fedtune.config import RunConfig
@@ -26,6 +26,8 @@ def refuse_overwritten(asked: Mapping[str, Scalar], usual: Mapping[str, Scalar])
             raise ContradictionError(
                 f"{key} = {asked[key]} says nothing in {algorithm}, which has no seed pool to choose: remove it."
                 if algorithm in WHOLE_WEIGHTS
+                else f"{key} = {asked[key]} does not go with {algorithm}, where it is {fixed}: remove it."
+                if algorithm in SOME_COORDINATES
                 else f"{key} = {asked[key]} says nothing in {algorithm}, whose directions are new in every round: remove it.",
                 key=key,
             )
@@ -68,14 +70,15 @@ def refuse_contradictions(config: RunConfig) -> None:
     _refuse_foreign(config)
     _check_places(config)
     _check_sizes(config)
-    if config.algorithm == "ferret":
+    if config.algorithm in SOME_COORDINATES:
         if config.momentum and config.pool_every:
             raise ContradictionError(
                 "momentum adds coordinates of successive rounds, so it needs one pool: set pool_every = 0 or momentum = 0."
             )
         if config.coordinates == "shared" and config.allocation == "official":
             raise ContradictionError(
-                "allocation = official is the client's own choice: remove it, or coordinates = shared.", key="coordinates"
+                "allocation = official is the client's own choice, and coordinates are shared: remove one of them.",
+                key="coordinates",
             )
         if config.allocation == "official" and config.pool_size:
             raise ContradictionError(
@@ -91,6 +94,12 @@ def _check_places(config: RunConfig) -> None:
         raise ContradictionError(
             f"update_rounding = {config.update_rounding} is for 16-bit weights: "
             "remove it, or set dtype to bfloat16 or float16.",
+            update_rounding=config.update_rounding,
+        )
+    if config.update_rounding == "master" and config.algorithm == "subspace":
+        raise ContradictionError(
+            "update_rounding = master keeps a float32 copy of the weights, and subspace computes them from the base in every "
+            "step: remove it, or use stochastic.",
             update_rounding=config.update_rounding,
         )
     if config.offload and config.first_order:
@@ -131,7 +140,7 @@ def _check_sizes(config: RunConfig) -> None:
             f"coefficient_bits = {config.coefficient_bits}, but {config.algorithm} has 2 to {most}: change it, or remove it.",
             coefficient_bits=config.coefficient_bits,
         )
-    least = 4 if config.algorithm == "ferret" else 16 if config.algorithm in WHOLE_WEIGHTS else 8
+    least = 4 if config.algorithm in SOME_COORDINATES else 16 if config.algorithm in WHOLE_WEIGHTS else 8
     if config.scalar_bits < least:
         raise ContradictionError(
             f"scalar_bits = {config.scalar_bits}, but {config.algorithm} needs {least} at least (coordinates share a unit, and "

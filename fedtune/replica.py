@@ -11,20 +11,24 @@ start at rest, for the next client.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fedtune.at_rest import AtRest
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.directions import Combination, Directions, Pool
-from fedtune.directions.base import F32
+from fedtune.directions.base import F32, F64
 from fedtune.errors import MismatchError
 from fedtune.layout import Layout, fingerprint, trainable
 from fedtune.perturb import Perturbation
 from fedtune.scratch import IN_MEMORY
 
+NORM_PIECE = 1 << 16  # elements whose squares are summed at once
 FEW = 8
 """Finished pools that are added again at every rebuild: each costs about three copies of the weights (hadamard)."""
 
@@ -65,6 +69,8 @@ class Replica:
         self._kept_is: tuple[bytes, ...] | None = None
         self._source, self._steps = self._base, tuple[PoolCoefficients, ...]()
         self._again: Combination | None = None
+        self._model = Coefficients(())
+        self._moving: tuple[AtRest, Directions, F32] | None = None
         self._holds: bytes | None = Coefficients(()).digest(self.fingerprint)
         self._directions: dict[Pool, Directions] = {}
 
@@ -98,6 +104,7 @@ class Replica:
                 expected=expected.hex(),
                 got=digest.hex(),
             )
+        self._model, self._moving = coefficients, None  # its open pool, still zero, may be another one at the same digest
         if digest == self._holds:
             return digest
         self._base.check()
@@ -123,6 +130,41 @@ class Replica:
         self._source.release(index)
         return out
 
+    @cached_property
+    def scales(self) -> F64:
+        """float64 [L]: the root mean square of the base weights of each block."""
+        squares = np.zeros(self.layout.blocks)
+        for index, entry in enumerate(self.layout.entries):
+            parts = torch.split(self._base.tensors[index].reshape(-1), NORM_PIECE)
+            squares[entry.block] += math.fsum(float(part.double().square_().sum()) for part in parts)
+            self._base.release(index)
+        return np.asarray(np.sqrt(squares / np.array(self.layout.block_sizes)))
+
+    @torch.no_grad()
+    def move(self, moved: F64, /) -> None:
+        """The live weights become those of the last `become` with `moved` (float64 [L, K]) added to its last pool.
+
+        Each time from the base, or from the anchor, with sums in float32 that are rounded once, by the rule of the live
+        weights: nothing adds up over many moves, and 16-bit weights are as near as they can be.
+        """
+        if self._moving is None:
+            self._moving = self._from_where()
+        source, directions, values = self._moving
+        total = (values + moved).astype(np.float32)
+        if directions.family.whole:
+            directions.combine(source.tensors, [weight.data for weight in self.weights], total)
+            return
+        combination = Combination([(directions, total)])
+        for index in range(len(self.weights)):
+            self.perturbation.live.write(index, partial(combination.write, index, source.tensors[index]))
+            source.release(index)
+
+    def _from_where(self) -> tuple[AtRest, Directions, F32]:
+        """What all but the open pool makes; the open pool's directions and coefficients."""
+        *closed, newest = self._model.pools
+        changing = tuple(pool for pool in closed if not pool.is_zero)
+        return self._fold(changing) if changing else self._base, self.directions(newest.pool), newest.values
+
     def _plan(
         self, closed: tuple[PoolCoefficients, ...], newest: tuple[PoolCoefficients, ...]
     ) -> tuple[AtRest, tuple[PoolCoefficients, ...]]:
@@ -131,6 +173,8 @@ class Replica:
         if self._kept is not None and pending and self._kept_is == _identities((*closed, *pending)):
             return self._kept, ()
         slow = any(not self.directions(pool.pool).family.fast_combine for pool in closed)
+        if self._folded and self._folded == _identities(closed) and self._anchor is not None:
+            return self._anchor, pending
         if not closed or (len(closed) <= FEW and not slow):
             return self._base, (*closed, *pending)
         return self._fold(closed), pending

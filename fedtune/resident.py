@@ -151,6 +151,7 @@ class Resident:
             examples=len(samples),
             start=replica.start,
             losses=response_losses,
+            moves=replica,
         )
 
     def _compare_ways(self, directions: Directions) -> None:

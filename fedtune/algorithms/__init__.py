@@ -8,8 +8,9 @@ from fedtune.algorithms.fedkseed import FEDKSEED, FEDKSEED_PRO
 from fedtune.algorithms.fedzo import FEDZO
 from fedtune.algorithms.ferret import FERRET
 from fedtune.algorithms.lora import LORA
+from fedtune.algorithms.subspace import SUBSPACE
 
-_RECORDS = (FEDKSEED, FEDKSEED_PRO, FERRET, FEDAVG, LORA, FEDZO, DECOMFL, LOCAL, CENTRAL)
+_RECORDS = (FEDKSEED, FEDKSEED_PRO, FERRET, SUBSPACE, FEDAVG, LORA, FEDZO, DECOMFL, LOCAL, CENTRAL)
 ALGORITHMS: dict[str, Algorithm] = {record.name: record for record in _RECORDS}
 
 __all__ = ["ALGORITHMS", "Algorithm", "LocalWork", "State"]

@@ -72,6 +72,19 @@ class Start(Protocol):
         ...
 
 
+class Moves(Protocol):
+    """The weights that a client starts from, and the model along the directions of the open pool."""
+
+    @property
+    def scales(self) -> F64:
+        """float64 [L]: the root mean square of each block's weights in the base model."""
+        ...
+
+    def move(self, moved: F64, /) -> None:
+        """The live weights become those of the start with `moved` (float64 [L, K]) added to the open pool's coefficients."""
+        ...
+
+
 @dataclass(frozen=True)
 class LocalWork:
     """What a client works on in a round; the weights are those of the instruction when `local_update` starts.
@@ -88,6 +101,7 @@ class LocalWork:
             None: an algorithm that needs it copies the weights.
         losses: (model, batch, copies) -> the loss of each of so many copies of the batch, run as one batch, where the model
             may treat every copy differently; None: points are evaluated one by one.
+        moves: the weights along the open pool's directions, from the base; None: an algorithm that needs it cannot work.
         deadline: moment of `time.monotonic` after which no further step is begun; the steps done are the update.
     """
 
@@ -101,6 +115,7 @@ class LocalWork:
     examples: int
     start: Start | None = None
     losses: Callable[[torch.nn.Module, Batch, int], torch.Tensor] | None = None
+    moves: Moves | None = None
     deadline: float = math.inf
 
     @property

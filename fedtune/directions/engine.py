@@ -114,9 +114,15 @@ class Directions:
             self._project_seed_by_seed(sums, list(deltas), wanted)
             return sums
         for index, delta in deltas:
-            entry = self.layout.entries[index]
-            self._accumulate(sums[entry.block], entry, delta, None if wanted is None else wanted[entry.block])
+            block = self.layout.entries[index].block
+            self.accumulate(sums[block], index, delta, None if wanted is None else wanted[block])
         return sums
+
+    def accumulate(self, sums: F64, index: int, delta: Tensor, wanted: Bools | None) -> None:
+        """sums [K] += <z_k, delta> for tensor `index`, for every k that is `wanted` (bool [K]; None: all)."""
+        entry = self.layout.entries[index]
+        _check(entry, delta)
+        self._backend(delta).project(sums, delta, entry.origin, wanted)
 
     # ------------------------------------------------------------------ one tensor
 
@@ -140,11 +146,6 @@ class Directions:
             views = self._views[index, base is out] = (base.data_ptr(), out.data_ptr(), source, target)
         return views[2], views[3]
 
-    def _accumulate(self, sums: F64, entry: Entry, delta: Tensor, wanted: Bools | None) -> None:
-        """sums [K] += <z_k, delta>."""
-        _check(entry, delta)
-        self._backend(delta).project(sums, delta, entry.origin, wanted)
-
     # ------------------------------------------------------------------ families that draw a direction as a whole
 
     def _combine_seed_by_seed(self, base: Sequence[Tensor], out: Sequence[Tensor], coefficients: F32) -> None:
@@ -164,7 +165,7 @@ class Directions:
             for index, delta in deltas:
                 entry = self.layout.entries[index]
                 if wanted is None or wanted[entry.block, k]:
-                    self._accumulate(sums[entry.block], entry, delta, only)
+                    self.accumulate(sums[entry.block], index, delta, only)
 
     # ------------------------------------------------------------------ checks
 

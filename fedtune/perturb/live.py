@@ -126,6 +126,18 @@ class LiveWeights:
             self._round(index, weight[part], wide, offset)
         self._draws[index] += 1
 
+    def write(self, index: int, make: Callable[[Tensor], object]) -> None:
+        """Tensor `index` becomes what `make` writes to the tensor that it is given, rounded by the rule (not master)."""
+        weight = self.parameters[index].detach()
+        if self.rule != "stochastic" or weight.dtype == torch.float32:
+            make(weight)
+            return
+        wide = torch.empty(weight.shape, device=weight.device)
+        make(wide)
+        for offset, part in cuts(weight):
+            self._round(index, weight[part], wide[part], offset)
+        self._draws[index] += 1
+
     # ------------------------------------------------------------------ rounding
 
     def _take(self, index: int, weight: Tensor, upto: int) -> None:

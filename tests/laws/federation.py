@@ -38,6 +38,14 @@ SETTINGS: dict[str, dict[str, object]] = {
         "algorithm": "ferret", "K": 16, "lr": 1e-2, "momentum": 0.5,
         "family": "torch-truncated", "allocation": "official", "reconstruction": "official",
     },
+    "subspace": {"algorithm": "subspace", "K": 200},
+    "subspace-16": {
+        "algorithm": "subspace", "K": 200, "pool_every": 2, "dtype": "float16", "update_rounding": "stochastic",
+        "optimizer": "adamw", "allocation": "norm",
+    },
+    "subspace-short": {
+        "algorithm": "subspace", "K": 100, "family": "rademacher", "scalar_bits": 4, "coefficient_bits": 4, "optimizer": "sgd",
+    },
     "fedavg": {"algorithm": "fedavg", "lr": 1e-2},
     "fedavg-16bit": {
         "algorithm": "fedavg", "lr": 1e-3, "optimizer": "adamw", "server_lr": 0.5, "coefficient_bits": 16, "scalar_bits": 16,
