@@ -17,12 +17,14 @@ from fedtune.beside import LARGE
 from fedtune.coefficients import Coefficients, PoolCoefficients
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch
+from fedtune.directions.base import make_family
 from fedtune.evaluation import response_loss
 from fedtune.layout import Layout, base_size
 from fedtune.perturb import Perturbation
 from fedtune.wire import Instruction
 
-FLOAT32 = 4  # bytes
+FLOAT32, FLOAT64 = 4, 8  # bytes
+KEPT_OF_COORDINATES = 6  # numbers of a client for each of them: coordinate, gradient, mean, square and temporaries (subspace)
 MOST_MADE = 65536  # coefficients of a pool that are made to count its bytes: a multiple of 8, so that bits stay in step
 NO_FINGERPRINT = bytes(16)  # as long as any
 
@@ -36,7 +38,7 @@ class Memory:
         scratch: perturbed weights, of the largest module or of a small model as a whole (FedKSeed).
         logits: float32 logits of the longest batch, the largest tensor of a forward pass.
         gradients: the largest one, or one for each weight with `accumulate` or `clip_norm`, or where they are few (Ferret).
-        optimizer: state of momentum or adamw, float32 (Ferret).
+        optimizer: state of momentum or adamw, float32; subspace: coordinates and all that is kept of them, float64.
         master: the float32 copy of 16-bit weights, with `update_rounding = master`.
         saved: activations that the backward pass over the longest batch needs, logits included (Ferret).
         difference: the largest tensor's start and its update in float32, projected when the steps are done (Ferret).
@@ -174,15 +176,21 @@ def _memory(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbat
     sizes = [weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad]
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     logits, saved = _activations(model, longest)
+    algorithm, of_coordinates = ALGORITHMS[config.algorithm], 0
+    one_by_one = not gathers(config, sum(sizes))
+    if config.algorithm == "subspace":
+        pool = algorithm.pool(config, layout, 0)
+        of_coordinates = KEPT_OF_COORDINATES * FLOAT64 * layout.blocks * pool.size
+        one_by_one = not make_family(pool, layout).whole
     return Memory(
         weights=weights,
         scratch=perturbation.scratch_bytes,
         logits=logits,
-        gradients=sum(sizes) if gathers(config, sum(sizes)) else max(sizes),
-        optimizer=STATES[config.optimizer] * FLOAT32 * layout.numel,
+        gradients=max(sizes) if one_by_one else sum(sizes),
+        optimizer=of_coordinates or STATES[config.optimizer] * FLOAT32 * layout.numel,
         master=FLOAT32 * layout.numel if config.update_rounding == "master" else 0,
         saved=saved,
-        difference=2 * FLOAT32 * max(entry.numel for entry in layout.entries),
+        difference=0 if of_coordinates else 2 * FLOAT32 * max(entry.numel for entry in layout.entries),
     )
 
 

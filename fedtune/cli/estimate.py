@@ -92,7 +92,8 @@ def _memory_rows(found: Needs, config: RunConfig) -> list[TableRow]:
     if first_order:
         rows.append(("memory, gradients", in_bytes(memory.gradients), f"and {in_bytes(memory.saved)} of activations"))
         if memory.optimizer:
-            rows.append(("memory, optimizer", in_bytes(memory.optimizer), f"{config.optimizer}, float32"))
+            kept = "coordinates" if config.algorithm == "subspace" else f"{config.optimizer}, float32"
+            rows.append(("memory, optimizer", in_bytes(memory.optimizer), kept))
     else:
         rows.append(("memory, scratch", in_bytes(memory.scratch), "one module's perturbed weights"))
     peak = f"a {'zeroth' if first_order else 'first'}-order client would need {in_bytes(other)}"

@@ -29,6 +29,7 @@ LABELS = {
     "fedkseed": "FedKSeed",
     "fedkseed-pro": "FedKSeed-Pro",
     "ferret": "Ferret",
+    "subspace": "subspace",
     "fedavg": "FedAvg",
     "lora": "LoRA averaging",
     "fedzo": "FedZO",
