@@ -1,8 +1,9 @@
 """Benchmark first-order: a client's step, and what a round of Ferret costs besides, against a plain PyTorch loop and memory.
 
-A step is that of `first_order.FirstOrder`, which all first-order methods take. The limit is the loop that one would write
-in PyTorch: the same model, dtype, batch, loss and optimiser, its gradients all at once, `torch.optim` with its defaults.
-With a master copy that loop has one too: the optimiser works on it in float32, and the weights are copied from it.
+A step is that of `first_order.FirstOrder`; in the subspace it is one projection of the gradient and one combination. The
+limit is the loop that one would write in PyTorch: the same model, dtype, batch, loss and optimiser, its gradients all at
+once, `torch.optim` with its defaults. With a master copy that loop has one too: the optimiser works on it in float32, and
+the weights are copied from it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.measure import Case, Options, Row, alternate
@@ -22,6 +24,7 @@ from fedtune.algorithms import LocalWork
 from fedtune.algorithms.change import Change
 from fedtune.algorithms.ferret import project
 from fedtune.algorithms.first_order import FirstOrder
+from fedtune.algorithms.subspace import Gradients, Optimizer, trained
 from fedtune.config import RunConfig
 from fedtune.data.batches import collate
 from fedtune.directions import Pool
@@ -30,11 +33,12 @@ from fedtune.resident import Resident
 
 KINDS = (("float32", "nearest"), ("bfloat16", "nearest"), ("bfloat16", "master"))
 METHODS = {"ferret": "sgd", "fedavg": "adamw", "lora": "adamw"}
+SUBSPACE_KINDS = (("float32", "nearest"), ("bfloat16", "nearest"), ("bfloat16", "stochastic"))
 RATE = 1e-7
 STEPS = 6
 """Of one measurement: new memory for the state of an optimiser costs no more of a step than in a short round."""
-STEP_TARGET = 1.15
-"""Of a plain loop: at most so many times."""
+STEP_TARGET, SUBSPACE_TARGET = 1.15, 1.3
+"""Of a plain loop: at most so many times; that of the subspace method is one of plain SGD."""
 ROUND_TARGET = 5.0
 """Of reading the weights once: at most so many times."""
 
@@ -50,6 +54,10 @@ def first_order(options: Options) -> Iterator[Row]:
                     case = f"step.first-order.{method}-{_kind(dtype, rule)}-{name}"
                     if options.only in case:
                         yield _step(case, _config(folder, size, method, dtype, rule, options), size, conditions, options)
+            for dtype, rule in SUBSPACE_KINDS:
+                case = f"step.subspace-{_kind(dtype, rule)}-{name}"
+                if options.only in case:
+                    yield _subspace(case, _config(folder, size, "subspace", dtype, rule, options), size, conditions, options)
             for dtype, rule in KINDS:
                 config = _config(folder, size, "ferret", dtype, rule, options)
                 if options.only in f"round.ferret-{_kind(dtype, rule)}-{name}":
@@ -61,12 +69,12 @@ def _kind(dtype: str, rule: str) -> str:
 
 
 def _config(folder: str, size: Size, method: str, dtype: str, rule: str, options: Options) -> RunConfig:
-    pool = {"K": options.pool} if method == "ferret" else {}
+    pool = {"K": options.pool} if method in ("ferret", "subspace") else {}
     return RunConfig(
         model=folder,
         algorithm=method,
         **pool,
-        optimizer=METHODS[method],
+        optimizer=METHODS.get(method, ""),
         lr=RATE,
         dtype=dtype,
         update_rounding=rule,
@@ -102,6 +110,36 @@ def _step(name: str, config: RunConfig, size: Size, conditions: str, options: Op
         1e3 * seconds["plain"] / count,
         f"{conditions}, 1 x {size.tokens} tokens, {config.optimizer}; limit is a plain PyTorch loop",
         at_most_of_limit=STEP_TARGET,
+    )
+
+
+def _subspace(name: str, config: RunConfig, size: Size, conditions: str, options: Options) -> Row:
+    """Steps in the subspace against those of plain SGD with all gradients at once."""
+    client = Client(config, (sample_of(size.tokens),))
+    work = client.work()
+    plain = plain_loop(work, config.replace(algorithm="ferret", optimizer="sgd", update_rounding="nearest"))
+    count = 1 if options.quick else STEPS
+    moves, counts = client.resident.replica, client.instruction().counts.astype(np.int64)
+    wanted = trained(counts, work.directions.pool.size)
+
+    def ours() -> None:
+        optimizer = Optimizer(config, moves.scales, counts, wanted)
+        with Gradients(work, wanted) as gradients:
+            for _ in range(count):
+                found = gradients.take(1)
+                assert found is not None, "the loss is not finite"
+                moves.move(optimizer.step(found[1]))
+
+    seconds = alternate({"ours": ours, "plain": lambda: plain(count)}, size.repeats(options), options.device, options.clock)
+    gc.collect()
+    return Row(
+        name,
+        "ms/step",
+        1e3 * seconds["ours"] / count,
+        None,
+        1e3 * seconds["plain"] / count,
+        f"{conditions}, 1 x {size.tokens} tokens, K = {config.K}; limit is a plain PyTorch loop of SGD",
+        at_most_of_limit=SUBSPACE_TARGET,
     )
 
 

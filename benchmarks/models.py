@@ -144,7 +144,8 @@ class Client:
         model, here = self.coefficients(), self.resident
         digest = model.digest(here.replica.fingerprint)
         weights = self.draw_weights()
-        return Instruction(1, here.replica.fingerprint, self.layout.digest, digest, 0, model.pools, weights)
+        counts = here.algorithm.counts(self._state, self.config, self.layout).astype(np.uint16)
+        return Instruction(1, here.replica.fingerprint, self.layout.digest, digest, 0, model.pools, weights, counts)
 
     def coefficients(self) -> Coefficients:
         """The model of the state, as the server publishes it."""
