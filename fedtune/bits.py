@@ -3,7 +3,8 @@
     whole numbers   b bits each, lowest bit first, plus 2^(b-1)
     scalars         32: float32. 16: its upper half (bfloat16). 8: the upper half of a float16 (1 sign, 5 exponent and 2
                     fraction bits), so within 1/8 of the value. All rounded to the nearest, halves to the even neighbour
-    blocks          32, 16: as scalars. 8, 4: a unit for each block, and whole numbers of so many bits in that unit
+    blocks          32, 16: as scalars. 8, 4: a unit for each block, and whole numbers of so many bits in that unit.
+                    2, 1: odd numbers of units, +-1 and +-3 or +-1, the unit being what leaves the least error
 
 A scalar is rounded on its own, before it is used, so a client's path is what its message says. The coordinates of a block
 are measured together, and share a unit. What is read takes a small multiple of the bytes that it is read from.
@@ -28,6 +29,8 @@ Whole = npt.NDArray[np.signedinteger[Any]]
 LARGEST_8 = 57344.0
 """The largest scalar of 8 bits; what is larger is sent as this."""
 UNIT_BITS = 16
+ODD_BITS = (1, 2)  # so few that no level is spent on zero
+LLOYD_STEPS = 12  # from the unit of one bit; the error changes by less than a thousandth then
 AT_ONCE = 1 << 14  # numbers, a multiple of 8, whose bits are spread at a time
 WHOLE_BYTES = {8: "<u1", 16: "<u2", 32: "<u4"}  # widths whose bit planes are numbers of numpy
 
@@ -184,13 +187,16 @@ def unpack_scalars(data: Buffer, bits: int) -> F32:
 
 
 def pack_blocks(values: F32, counts: I64, bits: int) -> bytes:
-    """float32 [sum of counts], block by block, to bytes; `bits` is 32, 16, 8 or 4.
+    """float32 [sum of counts], block by block, to bytes; `bits` is 32, 16, 8, 4, 2 or 1.
 
     At 8 and 4 bits a number is q * unit, |q| <= 2^(bits-1) - 1, and the unit is the smallest bfloat16 that holds the
-    block's largest number. Numbers that are not finite make the unit so.
+    block's largest number. At 2 and 1 bits it is (2 q + 1) * unit, -2^(bits-1) <= q < 2^(bits-1). Numbers that are not
+    finite make the unit so.
     """
     if bits >= UNIT_BITS:
         return pack_scalars(values, bits)
+    if bits in ODD_BITS:
+        return _pack_odd(values, counts, bits)
     limit = 2 ** (bits - 1) - 1
     largest = np.zeros(len(counts), dtype=np.float32)
     owner = np.repeat(np.arange(len(counts)), counts)
@@ -212,9 +218,42 @@ def unpack_blocks(reader: Reader, counts: I64, bits: int) -> F32:
     units = unpack_scalars(reader.take(2 * len(counts)), UNIT_BITS)
     if (units < 0).any():
         raise MalformedMessageError("A block's unit is negative.")
+    if bits in ODD_BITS:
+        codes = _codes(reader.take(packed_length(total, bits)), total, bits)
+        odd = (2 * codes - (2**bits - 1)).astype(np.float32)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(odd * np.repeat(units, counts), dtype=np.float32)
     q = unpack_integers(reader.take(packed_length(total, bits)), total, bits)
     with np.errstate(invalid="ignore"):  # 0 times infinity: the caller refuses what is not finite
         return np.asarray(q.astype(np.float32) * np.repeat(units, counts), dtype=np.float32)
+
+
+def _pack_odd(values: F32, counts: I64, bits: int) -> bytes:
+    """Lloyd's rule for the unit u of a block: numbers to their nearest level s u, s odd, then u = sum |x| s / sum s^2."""
+    owner, sizes = np.repeat(np.arange(len(counts)), counts), np.abs(values, dtype=np.float64)
+    levels = np.ones(len(values))
+    unit = np.zeros(len(counts))
+    for _ in range(LLOYD_STEPS if bits > 1 else 1):
+        weight = np.bincount(owner, levels * levels, len(counts))
+        with np.errstate(invalid="ignore"):
+            unit = np.bincount(owner, sizes * levels, len(counts)) / np.maximum(weight, 1.0)
+        each = unit[owner]
+        usable = np.isfinite(each) & (each > 0)
+        quotients = np.divide(sizes, 2 * each, out=np.zeros(len(values)), where=usable)
+        levels = 2 * np.minimum(np.floor(quotients), 2 ** (bits - 1) - 1) + 1
+    odd = np.where(np.signbit(values), -levels, levels).astype(np.int64)
+    codes = (odd + 2**bits - 1) // 2
+    units = pack_scalars(unit.astype(np.float32), UNIT_BITS)
+    return units + _planes(codes - (1 << (bits - 1)), bits)
+
+
+def _codes(data: Buffer, count: int, bits: int) -> npt.NDArray[np.int64]:
+    """The numbers 0 .. 2^bits - 1 that are packed. Raises MalformedMessageError."""
+    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
+    if flat[count * bits :].any():
+        raise MalformedMessageError("Padding bits are set.")
+    planes = flat[: count * bits].reshape(count, bits).astype(np.int64)
+    return np.asarray(planes @ (1 << np.arange(bits)))
 
 
 def _rounded_up(values: F32) -> F32:

@@ -146,10 +146,10 @@ class RunConfig(BaseModel):
         le=32,
         description="bits per coefficient on the way down, 2 to 24 (full weights: to 32); 0: 8, for full weights 32",
     )
-    scalar_bits: Literal[0, 4, 8, 16, 32] = Field(
+    scalar_bits: Literal[0, 1, 2, 4, 8, 16, 32] = Field(
         0,
-        description="bits per scalar gradient, coordinate or weight on the way up (4: coordinates only, 8: not for weights); "
-        "0: 16, for full weights 32",
+        description="bits per scalar gradient, coordinate or weight on the way up (1 to 4: coordinates only, 8: not for "
+        "weights); 0: 16, for full weights 32",
     )
     # ------------------------------------------------------------------ model
     model: str = Field("embedded", min_length=1, description="folder, hub name, or 'embedded' (ships with fedtune)")

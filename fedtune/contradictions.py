@@ -140,11 +140,11 @@ def _check_sizes(config: RunConfig) -> None:
             f"coefficient_bits = {config.coefficient_bits}, but {config.algorithm} has 2 to {most}: change it, or remove it.",
             coefficient_bits=config.coefficient_bits,
         )
-    least = 4 if config.algorithm in SOME_COORDINATES else 16 if config.algorithm in WHOLE_WEIGHTS else 8
+    least = 1 if config.algorithm in SOME_COORDINATES else 16 if config.algorithm in WHOLE_WEIGHTS else 8
     if config.scalar_bits < least:
         raise ContradictionError(
             f"scalar_bits = {config.scalar_bits}, but {config.algorithm} needs {least} at least (coordinates share a unit, and "
-            "can have 4; scalars one by one 8; weights 16): change it, or remove it.",
+            "can have 1; scalars one by one 8; weights 16): change it, or remove it.",
             scalar_bits=config.scalar_bits,
         )
     fresh = config.local_steps * config.directions_per_step

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune import bits as words
+from fedtune.errors import MalformedMessageError
 
 
 @settings(max_examples=60, deadline=None)
@@ -123,3 +124,50 @@ def test_what_is_not_finite_stays_so_at_every_width(pattern: int) -> None:
     for bits in (32, 16, 8, 4):
         reader = words.Reader(words.pack_blocks(np.append(value, np.float32(1.0)), np.array([2]), bits))
         assert not np.isfinite(words.unpack_blocks(reader, np.array([2]), bits)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.sampled_from([1, 2]), st.integers(0, 2**32 - 1))
+def test_odd_numbers_of_units_are_the_nearest_and_no_other_unit_near_it_is_better(
+    counts: list[int], bits: int, seed: int
+) -> None:
+    values = np.random.default_rng(seed).standard_t(3, size=sum(counts)).astype(np.float32)
+    packed = words.pack_blocks(values, np.array(counts), bits)
+    assert len(packed) == 2 * len(counts) + -(-sum(counts) * bits // 8)
+    got = words.unpack_blocks(words.Reader(packed), np.array(counts), bits)
+    start = 0
+    for count in counts:
+        block, found = values[start : start + count].astype(np.float64), got[start : start + count]
+        start += count
+        if not count:
+            continue
+        unit = np.abs(found).min() if bits == 1 else np.abs(found)[np.abs(found).argmin()]
+        assert set(np.round(np.abs(found) / unit, 3).tolist()) <= {1.0, 3.0}
+        assert (np.sign(found) == np.sign(block)).all()
+
+        def error(size: float, block: np.ndarray[tuple[int], np.dtype[np.float64]] = block) -> float:
+            levels = size * (np.array([1.0]) if bits == 1 else np.array([1.0, 3.0]))
+            return float(np.square(np.abs(np.abs(block)[:, None] - levels)).min(axis=1).sum())
+
+        mine = float(np.square(found - block).sum())
+        assert mine <= 1.02 * min(error(unit * 0.97), error(unit * 1.03)) + 1e-3 * float(np.square(block).sum())
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(1, 1 - 2 / np.pi), (2, 0.1188)])
+def test_few_bits_leave_the_least_error_of_normal_numbers(bits: int, expected: float) -> None:
+    """1 - 2/pi and, of the uniform quantisers with four levels, 0.1188 (Max, 1960, table II)."""
+    values = np.random.default_rng(1).normal(size=200_000).astype(np.float32) * 1e-3
+    counts = np.array([len(values)])
+    got = words.unpack_blocks(words.Reader(words.pack_blocks(values, counts, bits)), counts, bits)
+    assert float(np.square(got - values).sum() / np.square(values).sum()) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_few_bits_of_zeros_are_zeros_and_what_is_not_finite_stays_so(bits: int) -> None:
+    counts = np.array([3, 2])
+    values = np.array([0.0, 0.0, 0.0, 1.0, np.nan], dtype=np.float32)
+    got = words.unpack_blocks(words.Reader(words.pack_blocks(values, counts, bits)), counts, bits)
+    assert got[:3].tolist() == [0.0, 0.0, 0.0]
+    assert not np.isfinite(got[3:]).all()
+    with pytest.raises(MalformedMessageError, match="Padding"):
+        words.unpack_blocks(words.Reader(words.pack_blocks(values, counts, bits)[:-1] + b"\xff"), counts, bits)

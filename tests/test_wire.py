@@ -218,7 +218,7 @@ def test_a_unit_that_is_not_finite_or_negative_is_refused(unit: str, error: type
         read_update(bytes(data), Kind.COORDINATES, 4, asked=np.array([1, 0, 2]))
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32])
 def test_lengths_are_known_beforehand(bits: int) -> None:
     for with_counts in (True, False):
         data = encode(coordinates(), bits, with_counts=with_counts)

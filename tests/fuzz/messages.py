@@ -106,7 +106,7 @@ class Asked:
 
 ASKED = (
     *(Asked(Kind.SCALARS, bits) for bits in (32, 16, 8)),
-    *(Asked(Kind.COORDINATES, bits, chosen) for bits in (32, 16, 8, 4) for chosen in (False, True)),
+    *(Asked(Kind.COORDINATES, bits, chosen) for bits in (32, 16, 8, 4, 2, 1) for chosen in (False, True)),
     *(Asked(Kind.WEIGHTS, bits) for bits in (32, 16)),
 )
 CLIENT = "site-a"
