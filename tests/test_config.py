@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.config import RunConfig
 from fedtune.errors import ConfigError, ContradictionError, UnknownSettingError
-from fedtune.methods import ADAMW_RATES, RATES
+from fedtune.methods import ADAMW_RATES, RATES, RELATIVE
 from fedtune.source_names import expand
 
 ROOT = Path(__file__).parents[1]
@@ -76,15 +76,26 @@ def test_what_depends_on_the_algorithm_is_filled_in() -> None:
 
 @pytest.mark.parametrize("algorithm", get_args(RunConfig.model_fields["algorithm"].annotation))
 def test_a_rate_that_is_not_given_is_that_of_the_method_and_its_optimizer(algorithm: str) -> None:
-    own = RunConfig(algorithm=algorithm)
-    assert own.lr == RunConfig(algorithm=algorithm, lr=0.0).lr == RATES[algorithm] > 0.0
-    assert own.as_mapping()["lr"] == RATES[algorithm], "what is recorded is what is used"
-    assert f"{RATES[algorithm]:g}" in str(RunConfig.model_fields["lr"].description)
+    own, usual = RunConfig(algorithm=algorithm), {**RATES, **RELATIVE}[algorithm]
+    assert own.lr == RunConfig(algorithm=algorithm, lr=0.0).lr == usual > 0.0
+    assert own.as_mapping()["lr"] == usual, "what is recorded is what is used"
+    assert f"{usual:g}" in str(RunConfig.model_fields["lr"].description)
     assert RunConfig(algorithm=algorithm, lr=0.5).lr == 0.5
     assert RunConfig(algorithm=algorithm, lr=0.5).replace(seed=1).lr == 0.5
-    if own.first_order:
-        assert own.replace(optimizer="momentum").lr == pytest.approx(RATES[algorithm] / 10)
+    if algorithm in RELATIVE:
+        assert {own.replace(optimizer=rule).lr for rule in ("sgd", "momentum", "adamw")} == {usual}
+    elif own.first_order:
+        assert own.replace(optimizer="momentum").lr == pytest.approx(usual / 10)
         assert own.replace(optimizer="adamw").lr == ADAMW_RATES[algorithm]
+
+
+def test_the_optimizer_and_the_pools_are_the_methods_own() -> None:
+    usual = {name: RunConfig(algorithm=name) for name in ("fedkseed", "ferret", "subspace")}
+    assert {name: (own.optimizer, own.pool_every, own.coordinates) for name, own in usual.items()} == {
+        "fedkseed": ("sgd", 0, "own"), "ferret": ("sgd", 0, "own"), "subspace": ("momentum", 1, "shared"),
+    }  # fmt: skip
+    assert RunConfig(algorithm="subspace", optimizer="sgd", pool_every=3).pool_every == 3
+    assert usual["subspace"].replace(algorithm="ferret") == RunConfig(algorithm="ferret")
 
 
 def test_a_rate_that_was_not_given_follows_the_method() -> None:
