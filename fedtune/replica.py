@@ -173,8 +173,8 @@ class Replica:
         if self._kept is not None and pending and self._kept_is == _identities((*closed, *pending)):
             return self._kept, ()
         slow = any(not self.directions(pool.pool).family.fast_combine for pool in closed)
-        if self._folded and self._folded == _identities(closed) and self._anchor is not None:
-            return self._anchor, pending
+        if self._folded and _identities(closed)[: len(self._folded)] == self._folded:
+            return self._fold(closed), pending  # as an algorithm that moves along the open pool needs it
         if not closed or (len(closed) <= FEW and not slow):
             return self._base, (*closed, *pending)
         return self._fold(closed), pending

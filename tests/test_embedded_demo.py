@@ -134,7 +134,14 @@ def test_pretraining_lowers_the_loss_and_repeats_to_the_bit(lm: LanguageModel) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", [pytest.param("demo_fedkseed", marks=pytest.mark.long), "demo_ferret"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param("demo_fedkseed", marks=pytest.mark.long),
+        pytest.param("demo_ferret", marks=pytest.mark.long),
+        "demo_subspace",
+    ],
+)
 def test_federated_tuning_changes_the_register_on_tasks_that_no_client_has(preset: str, tmp_path: Path) -> None:
     from simulations.engines.in_process import run_in_process
 

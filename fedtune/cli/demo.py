@@ -1,4 +1,4 @@
-"""`fedtune demo`: FedKSeed and Ferret on the model and the tasks that ship with fedtune, side by side."""
+"""`fedtune demo`: FedKSeed, Ferret and the subspace method on the model and the tasks that ship with fedtune, side by side."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fedtune.cli.simulate import Engine, JsonOption, OutOption, QuietOption, run
 from fedtune.cli.tables import Summary, comparison_table
 from fedtune.run_folder import check_new
 
-PRESETS = ("demo_fedkseed", "demo_ferret")
+PRESETS = ("demo_fedkseed", "demo_ferret", "demo_subspace")
 
 
 def demo(out: OutOption = "", as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Run both algorithms on a small model that ships with fedtune, on a CPU in about a minute, and compare them.
+    """Run the three algorithms on a small model that ships with fedtune, on a CPU in about a minute, and compare them.
 
-    [bold]fedtune demo --out runs/first[/bold] writes runs/first/demo_fedkseed and runs/first/demo_ferret.
+    [bold]fedtune demo --out runs/first[/bold] writes runs/first/demo_fedkseed, demo_ferret and demo_subspace.
     """
     configs = []
     for name in PRESETS:
