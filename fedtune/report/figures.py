@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ FORMATS = ("png", "svg")
 LOSS = "held-out loss (nats per token)"
 ACCURACY = "accuracy on held-out questions"
 CUT = 2.0  # times the base model's loss: what is above is cut off, or a run that diverged would flatten all others
+SIZED = re.compile(r"^K = [\d,.]+, ")  # begins the label of a series that is one point of a line
 LONGEST = 120  # characters of a label or title
 LONG = 16  # characters of a label from which on the legend has two columns instead of three
 SETTINGS = {
@@ -78,7 +79,7 @@ def figures(table: Sequence[Row], folder: Path) -> list[Path]:
 
     A preset's figures are NAME_PRESET.png and .svg: loss_by_bytes, loss_by_rounds, loss_by_seconds, and, where measured,
     loss_by_serialised_bytes, loss_by_cpu_seconds, loss_by_link_seconds, accuracy_by_bytes, accuracy_by_rounds and memory;
-    bytes_by_round always.
+    frontier of two series or more; bytes_by_round always.
 
     Raises:
         ReportError: the table has no row. MissingPackageError: without matplotlib.
@@ -102,6 +103,8 @@ def _drawings(rows: Sequence[Row]) -> dict[str, Callable[[str], Any]]:
     for axis in AXES:
         if any(axis.measure(row) is not None and (axis.of is _loss or axis.of(row) is not None) for row in rows):
             chosen[axis.name] = partial(draw_loss, rows, axis)
+    if sum(place is not None for place in _places(rows).values()) > 1:
+        chosen["frontier"] = partial(draw_frontier, rows)
     chosen["bytes_by_round"] = partial(draw_bytes, rows)
     if any(row.peak_memory_bytes is not None for row in rows):
         chosen["memory"] = partial(draw_memory, rows)
@@ -170,6 +173,50 @@ def _cut(axes: Any, base: float | None) -> None:
     if base is not None and base > 0 and high > CUT * base and low < CUT * base:
         axes.set_ylim(low, CUT * base)
         axes.set_ylabel(f"{LOSS}\ncut off above {CUT * base:.3g}")
+
+
+# ---------------------------------------------------------------------- where every series ends
+
+
+def draw_frontier(table: Sequence[Row], title: str) -> Any:
+    """A Figure of the loss after the last round against the payload of a round: one point a series, means over seeds.
+
+    Series that are called "K = 512, REST" are points of one line, REST.
+    """
+    names = labels(table)
+    seeds = max(len({row.seed for row in of_label(table, label)}) for label in names)
+    figure, axes = _figure(6.4, 4.6, f"{title}: mean and range of {seeds} seeds" if seeds > 1 else title)
+    axes.set_xscale("log")
+    lines: dict[str, list[Point]] = {}
+    for label, place in _places(table).items():
+        if place is not None:
+            lines.setdefault(SIZED.sub("", label), []).append(place)
+    for number, (name, found) in enumerate(lines.items()):
+        look, places = style(number), sorted(found, key=lambda point: point.x)
+        x, y = [point.x for point in places], [point.y for point in places]
+        reach = [[p.y - p.low for p in places], [p.high - p.y for p in places]]
+        line = {"color": look.colour, "marker": look.marker, "markerfacecolor": "white"}
+        axes.errorbar(x, y, yerr=reach, **line, elinewidth=0.8, label=_plain(name), linestyle="-")
+    base = of_base(table, _loss)
+    if base is not None:
+        _cut(axes, base)
+    axes.set_xlabel("payload of a round, all clients, both directions")
+    axes.set_ylabel(f"{LOSS},\nafter the last round")
+    _byte_axis(axes.xaxis)
+    columns = 3 if max(map(len, lines)) < LONG else 2
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def _places(table: Sequence[Row]) -> dict[str, Point | None]:
+    """By label: payload of a round and loss after the last one; None where nothing is sent or measured."""
+    found: dict[str, Point | None] = {}
+    for label in labels(table):
+        rows = of_label(table, label)
+        payload = bytes_a_round(rows, lambda row: (row.bytes_up or 0) + (row.bytes_down or 0))
+        ends = curve([row for row in rows if row.round], lambda row: row.round, _loss)
+        found[label] = replace(ends[-1], x=payload) if payload and ends else None
+    return found
 
 
 # ---------------------------------------------------------------------- bars

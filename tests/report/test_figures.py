@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.errors import MissingPackageError, ReportError
 from fedtune.report.curves import Point, bytes_a_round, curve, labels, of_base, peaks
-from fedtune.report.figures import figures
+from fedtune.report.figures import draw_frontier, figures
 from fedtune.report.styles import style
 from fedtune.report.table import Row
 
@@ -64,10 +64,24 @@ def test_styles_differ() -> None:
 def test_figures_are_drawn_twice_to_the_same_bytes(tmp_path: Path) -> None:
     both = [*table(), *table("Local only", sent=0), *table("LoRA, rank $8$ <b>", seeds=1)]
     first, second = figures(both, tmp_path / "a" / "deep"), figures(both, tmp_path / "b")
-    assert {path.name for path in first} == {f"{name}_demo.{form}" for name in NAMES for form in ("png", "svg")}
+    named = NAMES | {"frontier"}  # of more than one series that sends something
+    assert {path.name for path in first} == {f"{name}_demo.{form}" for name in named for form in ("png", "svg")}
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
         assert one.read_bytes().startswith(b"\x89PNG" if one.suffix == ".png" else b"<?xml")
+
+
+def test_the_frontier_has_a_point_for_each_series_and_a_line_for_what_differs_in_size_only() -> None:
+    rows = [
+        Row("p", "a", label, seed, number, 5.0 - cost / 100 - number - seed, bytes_up=cost * number, bytes_down=cost * number)
+        for label, cost in (("K = 512, 2 bits", 10), ("K = 65,536, 2 bits", 40), ("FedAvg, 2 bits", 30))
+        for seed in (0, 1)
+        for number in (0, 1, 2)
+    ]
+    axes = draw_frontier(rows, "p").axes[0]
+    drawn = {of.get_label(): of.lines[0].get_xydata().tolist() for of in axes.containers}
+    expected = {"2 bits": [[30.0, 2.4], [120.0, 2.1]], "FedAvg, 2 bits": [[90.0, 2.2]]}
+    assert drawn == {name: [pytest.approx(point) for point in points] for name, points in expected.items()}
 
 
 @pytest.mark.filterwarnings("error")
