@@ -83,9 +83,9 @@ class RunConfig(BaseModel):
     momentum: float = Field(0.0, ge=0, lt=1, description="ferret: server momentum on the coordinates (fixed pool only)")
     optimizer: Literal["", "sgd", "momentum", "adamw"] = Field(
         "",
-        description="rule of first-order local steps; '': momentum for subspace, else sgd (as in Ferret's paper); momentum and "
-        "adamw keep one or two float32 copies of the weights in memory (subspace: of K numbers) and start afresh every round; "
-        "adamw: betas 0.9 and 0.999 (subspace: 0.99), no weight decay",
+        description="rule of first-order local steps; '': sgd (as in Ferret's paper; subspace: of the normalised gradient); "
+        "momentum and adamw keep one or two float32 copies of the weights in memory (subspace: of K numbers) and start afresh "
+        "every round; adamw: betas 0.9 and 0.999 (subspace: 0.99), no weight decay",
     )
     local_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of optimizer momentum")
     accumulate: int = Field(

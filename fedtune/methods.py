@@ -53,7 +53,7 @@ ADAMW_RATES = {"ferret": 1e-7, **dict.fromkeys(("fedavg", "local", "central"), 1
 RELATIVE = {"subspace": 1e-2}  # relative to the weights, with every optimizer
 MOMENTUM_PART = 0.1  # of sgd's rate: with local_momentum 0.9 a gradient moves the weights ten times as far in the end
 
-USUAL: dict[str, dict[str, Scalar]] = {"subspace": {"optimizer": "momentum", "pool_every": 1}}  # where they are not set
+USUAL: dict[str, dict[str, Scalar]] = {"subspace": {"optimizer": "sgd", "pool_every": 1}}  # where they are not set
 
 BITS = {"coefficient_bits": 8, "scalar_bits": 16}  # of messages that are not full weights
 

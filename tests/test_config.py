@@ -92,7 +92,7 @@ def test_a_rate_that_is_not_given_is_that_of_the_method_and_its_optimizer(algori
 def test_the_optimizer_and_the_pools_are_the_methods_own() -> None:
     usual = {name: RunConfig(algorithm=name) for name in ("fedkseed", "ferret", "subspace")}
     assert {name: (own.optimizer, own.pool_every, own.coordinates) for name, own in usual.items()} == {
-        "fedkseed": ("sgd", 0, "own"), "ferret": ("sgd", 0, "own"), "subspace": ("momentum", 1, "shared"),
+        "fedkseed": ("sgd", 0, "own"), "ferret": ("sgd", 0, "own"), "subspace": ("sgd", 1, "shared"),
     }  # fmt: skip
     assert RunConfig(algorithm="subspace", optimizer="sgd", pool_every=3).pool_every == 3
     assert usual["subspace"].replace(algorithm="ferret") == RunConfig(algorithm="ferret")

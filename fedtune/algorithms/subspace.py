@@ -17,8 +17,8 @@ intrinsic dimension of fine-tuning (Aghajanyan et al., arXiv 2012.13255), federa
 FedSubMuon (arXiv 2609.06073). Ours: directions and grid that make the model of a round the same bits everywhere, coordinates
 divided over blocks by what moved, and a rate that is relative to the weights.
 
-The rate: lr is the norm of a block's step relative to the norm of its weights, ||w_l|| of the base model, where gradients
-agree; where they disagree, steps are shorter. It does not depend on K, d or the model.
+The rate: lr is the norm of a block's step relative to the norm of its weights in the base model. It does not depend on K, d or
+the model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from fedtune.layout import Layout
 from fedtune.progress import ClientStep, check_stop, emit
 from fedtune.wire import Instruction, Kind, Status, Update
 
-BETAS = (0.9, 0.99)  # of the mean gradient (adamw) and of the mean square: a round has tens of steps, and begins afresh
+BETAS = (0.9, 0.99)  # of adamw: a round has tens of steps, and begins afresh
 LEAST_SCALE = 1e-3  # a block's weights count as at least so large in the root mean square: biases begin at zero
 TINY = 1e-30  # keeps a block without any gradient from dividing by zero
 
@@ -51,14 +51,14 @@ TINY = 1e-30  # keeps a block without any gradient from dividing by zero
 class Optimizer:
     """Steps of coordinates, scaled so that lr is relative to the weights.
 
-    With g the gradient of a block's coordinates and v the running mean of its squares,
+    With g the gradient of a block's coordinates,
 
-        sgd:       u = g / sqrt(v_l),   v_l the mean over the block
-        momentum:  u = m / sqrt(v_l),   m <- local_momentum m + (1 - local_momentum) g
-        adamw:     u = m / sqrt(v),     m with 0.9, v of each coordinate
+        sgd:       u = g / rms(g)
+        momentum:  u <- local_momentum u + (1 - local_momentum) g / rms(g)
+        adamw:     u = m / sqrt(v),  m and v running means of g and g^2 of each coordinate (0.9, 0.99), without bias
 
-    m and v without bias, and  c <- c - lr rms(w_l) / sqrt(K_l) u.  Directions have norm sqrt(d_l) and hardly overlap, so
-    that is a step of norm lr ||w_l|| if the root mean square of u is 1.
+    and  c <- c - lr rms(w_l) / sqrt(K_l) u.  Directions have norm sqrt(d_l) and hardly overlap, so that is a step of norm
+    lr ||w_l|| if the root mean square of u is 1, as it is with sgd: every batch moves every block as far.
 
     Args:
         scales: float64 [L], root mean square of each block's weights.
@@ -67,27 +67,33 @@ class Optimizer:
     """
 
     def __init__(self, config: RunConfig, scales: F64, counts: I64, wanted: npt.NDArray[np.bool_]) -> None:
-        self.rule, self.wanted = config.optimizer, wanted
-        self.keep = {"sgd": 0.0, "momentum": config.local_momentum, "adamw": BETAS[0]}[config.optimizer]
-        self.counts = np.maximum(counts, 1)
-        self.rates = (config.lr * np.maximum(scales, LEAST_SCALE) / np.sqrt(self.counts))[:, None]
+        self.rule, self.keep = config.optimizer, config.local_momentum
+        self.counts = np.maximum(counts, 1)[:, None]
+        self.rates = config.lr * np.maximum(scales, LEAST_SCALE)[:, None] / np.sqrt(self.counts)
         self.coordinates = np.zeros(wanted.shape)
-        self._mean = np.zeros(wanted.shape)
-        self._square = np.zeros(wanted.shape if self.rule == "adamw" else (len(counts), 1))
+        self._mean, self._square = np.zeros(wanted.shape), np.zeros(wanted.shape if self.rule == "adamw" else (1, 1))
         self._steps = 0
 
     def step(self, gradient: F64) -> F64:
-        """float64 [L, K]: the coordinates after a step along `gradient` (float64 [L, K]), which is zero where not `wanted`."""
+        """float64 [L, K]: the coordinates after a step along `gradient` (float64 [L, K]), which is zero where not wanted."""
         self._steps += 1
-        square = np.square(gradient)
-        if self.rule != "adamw":
-            square = square.sum(axis=1, keepdims=True) / self.counts[:, None]
-        self._mean = self.keep * self._mean + (1 - self.keep) * gradient
-        self._square = BETAS[1] * self._square + (1 - BETAS[1]) * square
-        mean = self._mean / (1 - self.keep**self._steps)
-        root = np.sqrt(self._square / (1 - BETAS[1] ** self._steps))
-        self.coordinates = self.coordinates - self.rates * mean / np.maximum(root, TINY)
+        moves = {"sgd": self._normalised, "momentum": self._momentum, "adamw": self._adamw}
+        self.coordinates = self.coordinates - self.rates * moves[self.rule](gradient)
         return self.coordinates
+
+    def _normalised(self, gradient: F64) -> F64:
+        root = np.sqrt(np.square(gradient).sum(axis=1, keepdims=True) / self.counts)
+        return np.asarray(gradient / np.maximum(root, TINY))
+
+    def _momentum(self, gradient: F64) -> F64:
+        self._mean = self.keep * self._mean + (1 - self.keep) * self._normalised(gradient)
+        return self._mean / (1 - self.keep**self._steps)
+
+    def _adamw(self, gradient: F64) -> F64:
+        self._mean = BETAS[0] * self._mean + (1 - BETAS[0]) * gradient
+        self._square = BETAS[1] * self._square + (1 - BETAS[1]) * np.square(gradient)
+        root = np.sqrt(self._square / (1 - BETAS[1] ** self._steps))
+        return np.asarray(self._mean / (1 - BETAS[0] ** self._steps) / np.maximum(root, TINY))
 
 
 class Gradients:

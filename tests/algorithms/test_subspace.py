@@ -154,17 +154,16 @@ def test_adamw_is_that_of_torch_with_a_rate_for_each_block() -> None:
     assert found[1, 2] == 0.0
 
 
-def test_momentum_is_the_running_mean_over_a_blocks_running_root_mean_square() -> None:
-    number, scales = np.array([2]), np.array([1.0])
-    own = Optimizer(config(optimizer="momentum", local_momentum=0.5), scales, number, trained(number, 2))
+def test_sgd_and_momentum_take_the_direction_of_each_gradient_and_not_its_length() -> None:
+    number, scales, rate = np.array([2]), np.array([1.0]), 0.01 / math.sqrt(2)
     first, second = np.array([[3.0, 4.0]]), np.array([[-1.0, 1.0]])
-    own.step(first)
-    rate = 0.01 / math.sqrt(2)
-    expected = -rate * first / math.sqrt(12.5)
-    np.testing.assert_allclose(own.coordinates, expected)
-    mean = (0.25 * first + 0.5 * second) / 0.75
-    square = (0.99 * 0.01 * 12.5 + 0.01 * 1.0) / (1 - 0.99**2)
-    np.testing.assert_allclose(own.step(second), expected - rate * mean / math.sqrt(square))
+    one, other = first / math.sqrt(12.5), second
+    plain = Optimizer(config(optimizer="sgd"), scales, number, trained(number, 2))
+    np.testing.assert_allclose(plain.step(first), -rate * one)
+    np.testing.assert_allclose(plain.step(1e6 * second), -rate * (one + other))
+    slow = Optimizer(config(optimizer="momentum", local_momentum=0.5), scales, number, trained(number, 2))
+    np.testing.assert_allclose(slow.step(first), -rate * one)
+    np.testing.assert_allclose(slow.step(second), -rate * (one + (0.25 * one + 0.5 * other) / 0.75))
 
 
 def test_a_block_without_a_gradient_stays() -> None:
