@@ -57,7 +57,7 @@ def test_rows_are_complete_and_their_ratios_follow_from_their_figures(
             assert row["name"].startswith("limits.") or row["conditions"].startswith("skipped: no shared model")
             continue
         assert min(row["ours"], row["limit"]) > 0
-        if row["name"].startswith(("step.first-order.", "round.")):
+        if row["name"].startswith(("step.first-order.", "step.subspace-", "round.")):
             assert row["baseline"] is None, "what they are held to is a plain loop, and memory"
         else:
             assert row["baseline"] > 0
