@@ -14,7 +14,7 @@ from fedtune.cli.presets import PresetArgument, SetOption
 from fedtune.cli.range_lines import as_json as range_json
 from fedtune.cli.range_lines import range_lines, tried_line
 from fedtune.cli.screen import Screen, print_json
-from fedtune.cli.sweep_table import advice_lines, as_mapping, closing_lines, csv_of, progress_line, results_table
+from fedtune.cli.sweep_table import advice_lines, as_mapping, closing_lines, csv_of, points_line, progress_line, results_table
 from fedtune.cli.watch import saying_steps
 from fedtune.config import RunConfig
 from fedtune.experiments.grid import Axis, grid
@@ -24,12 +24,10 @@ from fedtune.experiments.sweep import Plan, Result, run_sweep
 from fedtune.methods import ZEROTH_ORDER
 from fedtune.run_folder import dated, replace_file
 
-DIRECTIONS, BATCHES = 32, 8
-
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: directions and batches of slopes, or rounds at each rate (0: by the size of the model)."""
+    """How much is measured: directions and batches of slopes, or rounds at each rate. 0: by the size of the model."""
 
     directions: int
     batches: int
@@ -59,8 +57,14 @@ def sweep(
     rungs: Annotated[int, typer.Option(min=1, help="Stages of early stop; 1: all combinations run all rounds.")] = 3,
     keep: Annotated[float, typer.Option(help="Share of the combinations that a stage carries on.")] = 0.5,
     measure: Annotated[bool, typer.Option("--measure", help="Only measure, and recommend an lr; no runs.")] = False,
-    directions: Annotated[int, typer.Option(min=2, help="Directions along which slopes are measured.")] = DIRECTIONS,
-    batches: Annotated[int, typer.Option(min=2, help="Batches measured along each direction.")] = BATCHES,
+    directions: Annotated[
+        int,
+        typer.Option(min=0, help="Directions along which slopes are measured (zeroth order), 2 at least; 0: 32, or down to 12 "
+                     "on a large model, where 32 take long."),
+    ] = 0,
+    batches: Annotated[
+        int, typer.Option(min=0, help="Batches measured along each direction, 2 at least; 0: 8, or down to 4 on a large model.")
+    ] = 0,
     repeats: Annotated[
         int, typer.Option(min=0, help="Rounds measured at each rate (first order), 2 at least; 0: by the size of the model.")
     ] = 0,
@@ -82,15 +86,14 @@ def sweep(
     screen = Screen(stderr=as_json)
     chosen = presets.choose(preset, settings)
     axes = [_axis(text) for text in over]
-    if repeats == 1:
-        raise typer.BadParameter("--repeats takes 2 or more: one round says nothing of its noise")
+    effort = _effort(directions, batches, repeats)
     if measure:
-        _only_measure(chosen.config, axes, Effort(directions, batches, repeats), screen, as_json)
+        _only_measure(chosen.config, axes, effort, screen, as_json)
         return
     _refuse_twice(axes, settings)
     plan = _plan(chosen, axes, seeds, rungs, keep, out, screen)
     if chosen.config.algorithm in ZEROTH_ORDER and any(axis.key == "lr" for axis in axes):
-        _measured(chosen.config, Effort(directions, batches, repeats), screen)
+        _measured(chosen.config, effort, screen)
     results = _run(plan, workers, screen)
     command = f"fedtune simulate {shlex.quote(preset)}" + "".join(f" --set {shlex.quote(text)}" for text in settings)
     replace_file(plan.out / "sweep.csv", csv_of(plan, results))
@@ -100,6 +103,17 @@ def sweep(
         print_json([as_mapping(plan, result) for result in results])
     if not any(not result.stopped for result in results):
         raise typer.Exit(1)
+
+
+def _effort(directions: int, batches: int, repeats: int) -> Effort:
+    for name, what, number in (
+        ("directions", "direction", directions),
+        ("batches", "batch", batches),
+        ("repeats", "round", repeats),
+    ):
+        if number == 1:
+            raise typer.BadParameter(f"--{name} takes 2 or more: one {what} says nothing of its noise")
+    return Effort(directions, batches, repeats)
 
 
 def _axis(text: str) -> Axis:
@@ -154,11 +168,15 @@ def _measured(config: RunConfig, effort: Effort, screen: Screen) -> dict[str, ob
 
 
 def _slopes(config: RunConfig, effort: Effort, screen: Screen) -> dict[str, object]:
-    from fedtune.experiments.slopes import advise
+    from fedtune.experiments.slopes import Points, advise
 
-    screen.say(f"measuring slopes along {effort.directions} directions on {effort.batches} batches each", "dim")
+    screen.say("loading model and data", "dim")
+
+    def say(points: Points, weights: int) -> None:
+        screen.say(points_line(points, weights, asked=(effort.directions, effort.batches)), "dim")
+
     with saying_steps(screen):
-        advice = advise(config, effort.directions, effort.batches)
+        advice = advise(config, effort.directions, effort.batches, told=say)
     _say(screen, advice_lines(advice, config))
     return {**asdict(advice), "seen": advice.rate.seen, "largest": advice.rate.largest}
 

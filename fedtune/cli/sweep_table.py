@@ -16,7 +16,7 @@ from fedtune.experiments.sweep import Plan, Progress, Result
 
 if TYPE_CHECKING:
     from fedtune.experiments.rate import Measured
-    from fedtune.experiments.slopes import Advice
+    from fedtune.experiments.slopes import Advice, Points
 
 CHOSEN_ON = (
     "These losses chose the values, so they flatter the winner: report it on held-out samples that had no part in the choice "
@@ -117,6 +117,25 @@ def csv_of(plan: Plan, results: Sequence[Result]) -> bytes:
 
 
 # ---------------------------------------------------------------------- the learning rate
+
+
+def points_line(points: Points, weights: int, *, asked: tuple[int, int]) -> str:
+    """What will be measured; where the size of the model made that less, also why, and how to have more.
+
+    `asked`: directions and batches of the command line, 0 where they were left to the size of the model.
+    """
+    from fedtune.experiments.slopes import POINTS
+
+    line = f"measuring slopes along {points.directions} directions on {points.batches} batches each"
+    whole = POINTS[0]
+    pairs = zip(asked, (points.directions, points.batches), (whole.directions, whole.batches), strict=True)
+    if not any(not by_hand and used < most for by_hand, used, most in pairs):
+        return line
+    return (
+        f"{line}: {points.passes:,} forward passes at most, fewer than on a small model, since each takes long with "
+        f"{weights:,} weights. For smaller errors: --directions {whole.directions} --batches {whole.batches} "
+        f"({whole.passes:,} passes)"
+    )
 
 
 def advice_lines(advice: Advice, config: RunConfig) -> list[str]:

@@ -27,7 +27,31 @@ WIDER, WIDEST = 10.0, 1000.0
 """Distance h of a second difference, in eps: where it begins, and beyond which it is not widened."""
 ABOVE_NOISE = 50.0
 """Second differences are to be so many roundings of the loss; their error is sqrt(6) of them, 5 % then."""
-TRIED = 4  # directions on which h is chosen
+TRIED, WIDENINGS = 4, 4  # directions on which h is chosen, and how often it may be tripled on the way to WIDEST
+
+
+@dataclass(frozen=True)
+class Points:
+    """How much is measured: directions, and batches along each."""
+
+    directions: int
+    batches: int
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of `measure`: two a slope, three a curvature, and at most 32 that choose h."""
+        return self.directions * (2 * self.batches + 3) + 2 * TRIED * WIDENINGS
+
+
+MOST_WORK = 1.5e13
+"""Weights x (tokens + DIRECTION_TOKENS) of all passes: 220 passes over 100 tokens on 135 million weights, which are 6 minutes
+of processor time in float32."""
+DIRECTION_TOKENS = 400
+"""So many tokens of a pass take as long as the direction that it makes for all weights: 350 (float32) to 500 (bfloat16) in
+processor time, with 135 million weights on two busy cores."""
+POINTS = (Points(32, 8), Points(24, 8), Points(16, 8), Points(16, 6), Points(12, 6), Points(12, 4))
+"""The first that is within MOST_WORK is used, the last in any case: an error over D directions is at least sqrt(2 / D) of the
+signal, and with 8 hardly any signal would be ENOUGH of them."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +122,14 @@ def _bend(at: LossAt, d: int, loss: float, h: float) -> float:
     return plus - 2.0 * loss + minus
 
 
-def advise(config: RunConfig, directions: int, batches: int) -> Advice:
+def advise(
+    config: RunConfig, directions: int = 0, batches: int = 0, told: Callable[[Points, int], None] | None = None
+) -> Advice:
     """Load model and data of `config`, measure, and say what follows for lr. Nothing is written; `lr` does not enter.
+
+    Args:
+        directions, batches: along each of them, at least 2; 0: by the size of the model.
+        told: hears before anything is measured how much that will be, and how many weights the model has.
 
     Raises:
         SweepError: the algorithm computes gradients. FedtuneError: model or data cannot be used.
@@ -109,10 +139,14 @@ def advise(config: RunConfig, directions: int, batches: int) -> Advice:
             f"Slopes are what {', '.join(ZEROTH_ORDER)} step by; {config.algorithm} computes gradients, and has a range test."
         )
     here = Resident(config)
+    here.load()
+    points = _points(here, config, directions, batches)
+    if told:
+        told(points, here.replica.layout.numel)
     found = measure(
-        _losses(here, config, directions),
-        directions=directions,
-        batches=batches,
+        _losses(here, config, points.directions),
+        directions=points.directions,
+        batches=points.batches,
         eps=config.eps,
         rounding=torch.finfo(here.replica.weights[0].dtype).eps,
     )
@@ -130,10 +164,17 @@ def advise(config: RunConfig, directions: int, batches: int) -> Advice:
     )
 
 
+def _points(here: Resident, config: RunConfig, directions: int, batches: int) -> Points:
+    """The first of POINTS that is within MOST_WORK for this model and data; what is asked for (not 0) stands."""
+    lengths = [len(sample.input_ids) for samples in here.data.clients for sample in samples]
+    one_pass = here.replica.layout.numel * (config.batch_size * float(np.mean(lengths)) + DIRECTION_TOKENS)
+    fitting = next((points for points in POINTS if one_pass * points.passes <= MOST_WORK), POINTS[-1])
+    return Points(directions or fitting.directions, batches or fitting.batches)
+
+
 def _losses(here: Resident, config: RunConfig, directions: int) -> LossAt:
     """The losses of a resident model; batch b of direction d is drawn once, from a client drawn by its weight."""
     pool = Pool(config.family, stream_key(config.seed, "measured directions"), directions, rank=config.rank)
-    here.load()
     base = quantise(pool, np.zeros((here.replica.layout.blocks, directions)), config.coefficient_bits)
     work = here.work(config, "0", here.data.clients[0], 0, Coefficients((base,)))
     drawn = _batches(here, config)

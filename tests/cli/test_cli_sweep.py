@@ -12,6 +12,7 @@ from playback import Outcome, last_json
 
 from fedtune.cli import sweep as sweep_module
 from fedtune.cli import watch
+from fedtune.experiments import slopes
 from fedtune.experiments.sweep import Plan, Result
 
 
@@ -47,6 +48,8 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         (("--over", "lr=1e-5,1e-4", "--keep", "0"), 1, "--keep above 0"),
         (("--over", "lr=1e-5", "--measure"), 2, "--measure runs nothing"),
         (("--measure", "--repeats", "1"), 2, "one round says nothing of its noise"),
+        (("--measure", "--directions", "1"), 2, "one direction says nothing of its noise"),
+        (("--measure", "--batches", "1"), 2, "one batch says nothing of its noise"),
     ],
 )
 def test_what_is_typed_wrongly_is_said(
@@ -125,8 +128,30 @@ def test_a_tiny_model_is_measured(fedtune: Callable[..., Outcome], tiny_folder: 
     assert outcome.code == 0, outcome.err
     found = last_json(outcome.out)
     assert found["clients"] == 2
+    assert re.search(r"(?m)^measuring slopes along 8 directions on 4 batches each$", outcome.err)
     assert "slopes: 8 directions x 4 batches at eps 0.001" in outcome.err
     assert ("recommended lr: " in outcome.err) == found["seen"]
     assert ("no recommendation: " in outcome.err) == (not found["seen"])
     again = fedtune("sweep", "small.toml", "--measure", "--directions", "8", "--batches", "4", "--json", *settings)
     assert last_json(again.out) == found
+
+
+def test_fewer_slopes_on_a_large_model_are_said_with_the_reason(
+    fedtune: Callable[..., Outcome], tiny_folder: Path, instructions: Path, preset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here every model is large. What is asked for is measured, and needs no reason."""
+    monkeypatch.setattr(slopes, "MOST_WORK", 0.0)
+    small = "clients=2 min_samples=2 max_length=64 template=plain threads=1 device=cpu eps=1e-3"
+    settings = [word for text in (*small.split(), f"model={tiny_folder}", f"data={instructions}") for word in ("--set", text)]
+    outcome = fedtune("sweep", "small.toml", "--measure", *settings)
+    assert outcome.code == 0, outcome.err
+    least, most = slopes.POINTS[-1], slopes.POINTS[0]
+    assert (
+        f"measuring slopes along {least.directions} directions on {least.batches} batches each: {least.passes} forward passes "
+        "at most, fewer than on a small model, since each takes long with "
+    ) in outcome.out.replace("\n", " ")
+    assert f"For smaller errors: --directions {most.directions} --batches {most.batches}" in outcome.out.replace("\n", " ")
+    assert f"slopes: {least.directions} directions x {least.batches} batches" in outcome.out
+    asked = fedtune("sweep", "small.toml", "--measure", "--directions", "3", "--batches", "2", *settings)
+    assert re.search(r"(?m)^measuring slopes along 3 directions on 2 batches each$", asked.out)
+    assert "slopes: 3 directions x 2 batches" in asked.out
