@@ -63,8 +63,7 @@ def load_model(config: RunConfig) -> LanguageModel:
     """
     source = resolve_model(config.model)
     device, device_note = choose_device(config.device)
-    folder = _local_folder(source, config)
-    _check_weight_files(folder, source)
+    folder = model_folder(config)
     with _quiet():
         model_config = read_config(folder, source, config)
         tokenizer = _read_tokenizer(folder, source, config)
@@ -79,6 +78,17 @@ def load_model(config: RunConfig) -> LanguageModel:
     model_note = f"model: {source} ({parameters:,} parameters, {config.dtype})"
     notes = (model_note, device_note, place_note, thread_note, padding_note, load_note)
     return LanguageModel(model, tokenizer, device, tuple(note for note in notes if note), source, folder, threads)
+
+
+def model_folder(config: RunConfig) -> Path:
+    """The folder with the files of `config.model`, which has weights to read; nothing is loaded yet.
+
+    Files of a hub model are fetched first. Raises ModelError as `load_model` does, for what can be seen from the files' names.
+    """
+    source = resolve_model(config.model)
+    folder = _local_folder(source, config)
+    _check_weight_files(folder, source)
+    return folder
 
 
 def load_tokenizer(config: RunConfig) -> Any:

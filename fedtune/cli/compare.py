@@ -20,6 +20,7 @@ from fedtune.errors import ConfigError, RunError
 from fedtune.experiments import arms as experiment
 from fedtune.experiments.cells import Finished, Outcome, run_cells
 from fedtune.experiments.compare import Held, Planned, Result, held_against, plan, results, table
+from fedtune.experiments.sources import check_sources
 from fedtune.experiments.targets import ToTarget, WithBudget, bytes_of, to_target, with_budget
 from fedtune.link import Link
 from fedtune.numbers import in_time
@@ -117,6 +118,7 @@ def compare(
         screen.say(ONE_RATE)
     cells = [cell for one in planned for cell in one.cells]
     screen.say(f"{len(chosen)} arms x {seeds} seeds: {len(cells)} runs, in {folder}")
+    check_sources(cells)
     outcomes = run_cells(cells, workers=workers, progress=_said(screen))
     rows = table(planned, outcomes, comparison.name, simulated)
     found = _Found(

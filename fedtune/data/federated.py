@@ -75,8 +75,7 @@ def load_federated(config: RunConfig, tokenizer: Any) -> FederatedData:
         DataError: a file, column, category, template or source of answers (`choices`) that cannot be used.
         EmptyClientError: a client, the held-out set or the training set without a usable sample.
     """
-    by_category = config.partition in ("dirichlet", "column") or bool(config.holdout_category)
-    file = _read(config.data, config, tokenizer, by_category)
+    file = _read(config.data, config, tokenizer, needs_category(config))
     categories = {row: file.samples[row].category for row in file.usable}
     if config.holdout_file:
         training, held_file = list(file.usable), _read(config.holdout_file, config, tokenizer, False)
@@ -97,6 +96,11 @@ def load_federated(config: RunConfig, tokenizer: Any) -> FederatedData:
         partition=Partition(client_rows, tuple(heldout_rows), config.holdout_file),
         report=_report(file, held_file, clients, heldout_rows, tokenizer, questions),
     )
+
+
+def needs_category(config: RunConfig) -> bool:
+    """Whether every row of `config.data` must say its category: clients or the held-out set are made by it."""
+    return config.partition in ("dirichlet", "column") or bool(config.holdout_category)
 
 
 def load_local(config: RunConfig, tokenizer: Any, path: str) -> tuple[Encoded, ...]:
@@ -134,8 +138,8 @@ class _File:
     notes: tuple[str, ...]
 
 
-def _read(source: str, config: RunConfig, tokenizer: Any, needs_category: bool) -> _File:
-    samples, notes = load_samples(source, config, needs_category)
+def _read(source: str, config: RunConfig, tokenizer: Any, by_category: bool) -> _File:
+    samples, notes = load_samples(source, config, by_category)
     encoded = encode(samples, tokenizer, config.template, config.max_length)
     dropped = dict(sorted(Counter(encoded.dropped.values()).items()))
     if not encoded.usable:

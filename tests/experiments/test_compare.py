@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from fedtune import models
+from fedtune.cli import compare as compare_command
 from fedtune.cli.main import main
+from fedtune.data import samples
 from fedtune.experiments.arms import Comparison, choose
 from fedtune.experiments.cells import Outcome
 from fedtune.experiments.compare import held_against, plan, results, table
+from fedtune.experiments.sources import check_sources
 from fedtune.report.table import Row, read
 from fedtune.run_folder import RunFolder
 
@@ -88,8 +93,10 @@ def test_results_agree_within_their_spread() -> None:
 def test_the_command_writes_a_table_and_figures_and_repeats_nothing(
     tiny_folder: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    rows_here = tmp_path / "rows.jsonl"
+    shutil.copy(instructions, rows_here)
     (tmp_path / "both.toml").write_text(
-        f'model = "{tiny_folder}"\ndata = "{instructions}"\nrounds = 1\nclients = 2\nclients_per_round = 2\nlocal_steps = 2\n'
+        f'model = "{tiny_folder}"\ndata = "{rows_here}"\nrounds = 1\nclients = 2\nclients_per_round = 2\nlocal_steps = 2\n'
         'K = 64\nmin_samples = 1\ntemplate = "plain"\nmax_length = 64\nthreads = 1\ndevice = "cpu"\nholdout = 0.2\n'
         "[arms.fedkseed]\n[arms.fedavg]\nlr = 1e-2\n"
     )
@@ -104,6 +111,7 @@ def test_the_command_writes_a_table_and_figures_and_repeats_nothing(
     assert rows[3].bytes_up > 1000 * rows[1].bytes_up > 0
     assert None not in (rows[1].cpu_seconds, rows[1].serialised_bytes, rows[1].peak_memory_bytes)
     assert any(path.suffix == ".svg" for path in (tmp_path / "out" / "figures").iterdir())
+    rows_here.unlink()  # what is finished needs no data
     with pytest.raises(SystemExit) as ended:
         main([*command, "--against", str(tmp_path / "out" / "table.csv"), "--target-loss", "1000", "--budget", "1kB"])
     said = capsys.readouterr().out
@@ -138,3 +146,72 @@ def test_what_cannot_be_compared_starts_nothing(
     assert ended.value.code == 1
     assert text in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+MODEL_GONE = "There is no model folder '{}/model': correct the path, or give a hub name such as org/name."
+DATA_GONE = "There is no data file '{}/rows.jsonl': correct the path, or give hub:NAME for a data set of the hub."
+HELD_OUT_GONE = DATA_GONE.replace("rows", "held_out")
+COLUMN = "'{}/there.jsonl' has no column 'answer'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [
+        ({"model": "{}/model"}, [MODEL_GONE]),
+        ({"model": "{}"}, ["'{}' has no config.json"]),
+        ({"data": "{}/rows.jsonl"}, [DATA_GONE]),
+        ({"data": "{}/rows.jsonl", "holdout_file": "{}/held_out.jsonl", "holdout_category": ""}, [DATA_GONE, HELD_OUT_GONE]),
+        ({"model": "{}/model", "data": "{}/rows.jsonl"}, [MODEL_GONE, DATA_GONE]),
+        ({"data": "{}/there.jsonl", "output_column": "answer"}, [COLUMN]),
+    ],
+)
+def test_a_source_that_is_missing_is_said_once_before_anything_is_started(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    instructions: Path,
+    changes: dict[str, str],
+    texts: list[str],
+) -> None:
+    monkeypatch.setattr(compare_command, "run_cells", lambda *rest, **more: pytest.fail("runs were started"))
+    shutil.copy(instructions, tmp_path / "there.jsonl")
+    settings = [word for key, value in changes.items() for word in ("--set", f"{key}={value.format(tmp_path)}")]
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "comparisons/embedded", "--out", str(tmp_path / "out"), *settings])
+    assert ended.value.code == 1
+    said = " ".join(capsys.readouterr().err.split())
+    for text in texts:
+        assert said.count(text.format(tmp_path)) == 1, said
+    assert said.endswith("No run was started.")
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_source_is_looked_at_once_and_none_for_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instructions: Path
+) -> None:
+    """Two arms and three seeds have one model and one data file; an arm with a model of its own has one more."""
+    seen: list[str] = []
+    monkeypatch.setattr(models, "model_folder", lambda config: seen.append(config.model))
+    monkeypatch.setattr(samples, "load_samples", lambda source, *rest: seen.append(source))
+    common = {**COMMON, "data": str(instructions)}
+    arms = choose(Comparison("made-up", common, ()), "fedkseed,fedavg,fedkseed:model=org/other")
+    cells = [cell for one in plan(Comparison("made-up", common, ()), arms, {}, range(3), tmp_path) for cell in one.cells]
+    check_sources(cells)
+    assert sorted(seen) == sorted(["embedded", "org/other", str(instructions)])
+    seen.clear()
+    for cell in cells:
+        if cell.settings.model != "org/other":
+            _finished(Path(cell.settings.out), [3.0, 2.0, 1.0], 10)
+            (Path(cell.settings.out) / "summary.json").write_text(json.dumps({"rounds": cell.settings.rounds}))
+    check_sources(cells)
+    assert sorted(seen) == sorted(["org/other", str(instructions)])
+
+
+def test_a_folder_in_the_way_is_said_as_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Looking at the sources does not fail on what stands where a run is to be."""
+    (tmp_path / "out" / "runs" / "fedavg").mkdir(parents=True)
+    (tmp_path / "out" / "runs" / "fedavg" / "seed-0").write_text("a file")
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "demo_ferret", "--algorithms", "fedavg", "--seeds", "1", "--out", str(tmp_path / "out")])
+    assert ended.value.code == 1
+    assert "It is in the way of 'fedavg, seed 0'" in " ".join(capsys.readouterr().err.split())
