@@ -24,6 +24,7 @@ from fedtune.regular import check_regular
 
 LEDGER, LOCK = "ledger.sqlite", "ledger.lock"
 APPLICATION, FORMAT = 0x46544C47, 3  # "FTLG"
+FLUSHED = "PRAGMA synchronous = FULL"  # each transaction, so that a power cut takes none that was committed
 BUSY_SECONDS = 10.0
 PATIENCE = 0.5  # seconds that a writer waits for the lock: somebody may just be asking whether it is held
 LARGEST_PAGE = 4096  # of any ledger so far: a page takes its room on the disk, so a small disk holds no large cell
@@ -100,7 +101,7 @@ def connect(path: Path, writing: bool) -> sqlite3.Connection:
 def to_write(connection: sqlite3.Connection) -> None:
     """Let a connection whose file is known to be a ledger write it, each transaction flushed to the disk."""
     connection.execute("PRAGMA journal_mode = WAL").fetchone()
-    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(FLUSHED)
 
 
 def _guarded(connection: sqlite3.Connection) -> sqlite3.Connection:
@@ -148,7 +149,7 @@ def begin(path: Path) -> sqlite3.Connection:
         f"PRAGMA application_id = {APPLICATION}",
         f"PRAGMA user_version = {FORMAT}",
         "PRAGMA journal_mode = WAL",
-        "PRAGMA synchronous = FULL",
+        FLUSHED,
         *SCHEMA,
     ):
         connection.execute(statement)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedtune import ledger_file
 from fedtune.config import RunConfig
 from fedtune.models import LanguageModel, load_model
 
@@ -25,6 +27,15 @@ CATEGORIES = ("colours", "numbers", "shapes", "sizes")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_flushed() -> Iterator[None]:
+    """In the tests' own processes nothing waits for the disk: no test cuts the power, and a process that dies loses nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(ledger_file, "FLUSHED", "PRAGMA synchronous = OFF")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

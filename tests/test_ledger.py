@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import shutil
 import sqlite3
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune import wire
+from fedtune import ledger_file, wire
 from fedtune.algorithms.base import shares
 from fedtune.bits import round_scalars
 from fedtune.chain import canonical, link
@@ -475,3 +476,18 @@ def test_a_round_adds_less_than_64_kilobytes_at_4096_seeds(config: RunConfig, cl
     grown = max((after - before) / 10 for before, after in itertools.pairwise(sizes))
     print(f"{grown:.0f} bytes a round")
     assert grown < 64_000
+
+
+def test_each_transaction_is_flushed_to_the_disk(tmp_path: Path) -> None:
+    """Outside the tests, which wait for no disk (tests/conftest.py); here a copy of the module that they have not changed."""
+    spec = importlib.util.spec_from_file_location("as_it_is", ledger_file.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    with contextlib.closing(fresh.begin(tmp_path / LEDGER)) as made:
+        assert made.execute("PRAGMA synchronous").fetchone() == (2,)
+    with contextlib.closing(fresh.connect(tmp_path / LEDGER, True)) as again:
+        again.execute("PRAGMA synchronous = OFF")
+        fresh.to_write(again)
+        assert again.execute("PRAGMA synchronous").fetchone() == (2,)

@@ -50,6 +50,18 @@ class Faults:
     empty_polls: int = 0
 
 
+class _Contexts(dict[int, Context]):
+    """The context of each node by its id, made when it is first asked for: of a million clients few are."""
+
+    def __init__(self, first: Callable[[int], Context]) -> None:
+        super().__init__()
+        self._first = first
+
+    def __missing__(self, node_id: int) -> Context:
+        found = self[node_id] = self._first(node_id)
+        return found
+
+
 class LocalGrid(Grid):
     """`nodes` clients that share this process and answer one after another, in the order of the messages.
 
@@ -102,16 +114,18 @@ class LocalGrid(Grid):
         self._messages = 0
         self._replies: dict[str, Message] = {}
         self._seconds: dict[str, float] = {}
-        self.contexts: dict[int, Context] = {}
-        self._names: dict[int, str] = {}
-        for partition, node_id in enumerate(_node_ids(seed, nodes)):
-            config = {"partition-id": partition, "num-partitions": nodes, **(node_configs or {}).get(partition, {})}
-            self.contexts[node_id] = self._context(node_id, config)
-            self._names[node_id] = str(partition)
+        self.nodes = {node_id: partition for partition, node_id in enumerate(_node_ids(seed, nodes))}
+        self._node_configs = node_configs or {}
+        self.contexts = _Contexts(self._first_context)
 
     def server_context(self) -> Context:
         """A fresh context for the ServerApp of this run."""
         return self._context(internals.SUPERLINK, {})
+
+    def _first_context(self, node_id: int) -> Context:
+        partition = self.nodes[node_id]
+        own = self._node_configs.get(partition, {})
+        return self._context(node_id, {"partition-id": partition, "num-partitions": len(self.nodes), **own})
 
     def _context(self, node_id: int, node_config: dict[str, Scalar]) -> Context:
         return Context(
@@ -138,7 +152,7 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         self._polls += 1
-        return [] if self._polls <= self.faults.empty_polls else list(self.contexts)
+        return [] if self._polls <= self.faults.empty_polls else list(self.nodes)
 
     def get_nodes(self) -> list[internals.NodeInfo]:
         return [self._node(node_id) for node_id in self.get_node_ids()]
@@ -146,7 +160,7 @@ class LocalGrid(Grid):
     def _node(self, node_id: int) -> internals.NodeInfo:
         if not self.registered:
             return internals.NodeInfo(node_id=node_id)
-        return internals.NodeInfo(node_id=node_id, name=self._names[node_id], public_key=f"key of {node_id}".encode())
+        return internals.NodeInfo(node_id=node_id, name=str(self.nodes[node_id]), public_key=f"key of {node_id}".encode())
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Run every message's client to its end; returns the ids given to the messages, in their order.
@@ -156,7 +170,7 @@ class LocalGrid(Grid):
         """
         batch = list(messages)
         for message in batch:
-            if message.metadata.message_id or message.metadata.dst_node_id not in self.contexts:
+            if message.metadata.message_id or message.metadata.dst_node_id not in self.nodes:
                 raise ValueError(f"A message must be new and for one of the grid's nodes: {message.metadata}")
         for message in batch:
             internals.give_id(message, self._next_id())

@@ -71,10 +71,10 @@ def service(workers: Path) -> Iterator[MakeService]:
     made: list[Service] = []
     with ExitStack() as held:
 
-        def make(kind: str = "unix", **options: object) -> Service:
+        def make(kind: str = "unix", idle: float = 0.0, **options: object) -> Service:
             address = Address(kind, workers / f"own{len(made)}.{'sock' if kind == 'unix' else 'port'}")
             held.enter_context(locked(address.life, 1.0, write=f"{os.getpid()}\n"))
-            made.append(Service(address, "cpu", 0.0, **options))  # type: ignore[arg-type]
+            made.append(Service(address, "cpu", idle, **options))  # type: ignore[arg-type]
             return made[-1]
 
         yield make

@@ -6,6 +6,7 @@ import json
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -325,3 +326,21 @@ def test_pools_that_lead_elsewhere_are_dropped_and_asked_for_again(
 
 def test_the_address_of_a_worker_that_is_gone_answers_nobody(workers: Path) -> None:
     assert greet(Address("unix", workers / "none.sock")) is None
+
+
+@pytest.mark.parametrize("end", ["idle", "gone"])
+def test_it_ends_when_idle_and_when_nobody_can_reach_it(service: MakeService, end: str) -> None:
+    """The same of processes: tests/client/test_worker_process.py."""
+    begun = time.monotonic()
+    one = service(idle=1.0 if end == "idle" else 0.0)
+    ended: list[tuple[bool, float]] = []
+    thread = threading.Thread(target=lambda: ended.append((one.run(), time.monotonic() - begun)))
+    thread.start()
+    assert greet(one.address) is not None
+    if end == "gone":
+        one.address.path.unlink()
+    thread.join(30.0)
+    assert [done for done, _ in ended] == [True]
+    assert end == "gone" or ended[0][1] >= 1.0
+    assert greet(one.address) is None
+    assert not one.address.path.exists()

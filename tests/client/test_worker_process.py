@@ -61,19 +61,22 @@ def client_process(config: RunConfig, message: bytes) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def test_bytes_steps_and_one_load(workers: Path, instruction: MakeInstruction) -> None:
+def test_two_starters_get_one_worker_which_gives_the_same_bytes(workers: Path, instruction: MakeInstruction) -> None:
     message = instruction(EMBEDDED)
     expected, _ = Worker(EMBEDDED).train(WHO, message, [])
+    both = [client_process(EMBEDDED, message) for _ in range(2)]
+    outputs = [process.communicate()[0].split() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    first = greet(at(EMBEDDED))
+    assert outputs == [[str(first.pid), expected.hex()]] * 2
+    assert (workers / at(EMBEDDED).log.name).read_text().count("process") == 1
+
     heard: list[Event] = []
     with listening(heard.append):
         assert forwarder(EMBEDDED).train(WHO, message, [])[0] == expected
     steps = [event for event in heard if isinstance(event, ClientStep)]
     assert [event.step for event in steps] == list(range(1, 41))
     assert {(event.client, event.steps) for event in steps} == {("0", 40)}
-
-    first = greet(at(EMBEDDED))
-    outputs = [client_process(EMBEDDED, message).communicate()[0].split() for _ in range(2)]
-    assert outputs == [[str(first.pid), expected.hex()]] * 2
     last = greet(at(EMBEDDED))
     assert (last.pid, last.loads, last.requests, last.placed) == (first.pid, 1, 3, "cpu")
     assert last.fingerprint == Worker(EMBEDDED).introduce(WHO).fingerprint
@@ -89,16 +92,6 @@ def test_bytes_steps_and_one_load(workers: Path, instruction: MakeInstruction) -
     assert not list(workers.glob("*.sock"))
     assert greet(at(EMBEDDED)) is None
     assert not stop(at(EMBEDDED), 1.0)
-
-
-def test_two_starters_get_one_worker(workers: Path, instruction: MakeInstruction) -> None:
-    message = instruction(EMBEDDED)
-    both = [client_process(EMBEDDED, message) for _ in range(2)]
-    said = {process.communicate()[0] for process in both}
-    assert [process.returncode for process in both] == [0, 0]
-    assert len(said) == 1
-    assert (workers / at(EMBEDDED).log.name).read_text().count("process") == 1
-    assert greet(at(EMBEDDED)).loads == 1
 
 
 @pytest.mark.faults
@@ -220,6 +213,7 @@ def test_a_worker_of_other_sources_is_replaced(
     assert at(EMBEDDED).pid() != process.pid
 
 
+@pytest.mark.faults
 def test_it_ends_when_idle_when_terminated_and_when_nobody_can_reach_it(workers: Path, settings: RunConfig) -> None:
     for end in ("idle", "term", "gone"):
         forwarder(settings, idle=2.0 if end == "idle" else 120.0).introduce(WHO)
@@ -234,12 +228,19 @@ def test_it_ends_when_idle_when_terminated_and_when_nobody_can_reach_it(workers:
     assert "Traceback" not in at(settings).log.read_text()
 
 
-def test_a_socket_left_by_a_killed_worker_is_cleared_away(workers: Path, settings: RunConfig) -> None:
-    forwarder(settings).introduce(WHO)
+def test_a_killed_worker_leaves_a_socket_that_is_cleared_away_and_a_terminated_one_none(
+    workers: Path, settings: RunConfig
+) -> None:
+    forwarder(settings, idle=77.0).introduce(WHO)
+    assert greet(at(settings)).idle_seconds == 77.0  # its service ends after them: tests/client/test_service.py
     os.kill(at(settings).pid() or 0, signal.SIGKILL)
     wait_until(lambda: at(settings).pid() is None)
     assert at(settings).path.exists()
     assert forwarder(settings).introduce(WHO).client == "0"
+    os.kill(at(settings).pid() or 0, signal.SIGTERM)
+    wait_until(lambda: at(settings).pid() is None)
+    assert not at(settings).path.exists()
+    assert "Traceback" not in at(settings).log.read_text()
 
 
 def test_what_a_client_kept_is_in_the_worker_too(workers: Path, settings: RunConfig, instruction: MakeInstruction) -> None:

@@ -57,6 +57,7 @@ def test_flower_and_in_process_reach_the_same_model(small, tmp_path, homes, algo
     assert events[-1].summary == there
 
 
+@pytest.mark.faults
 def test_a_failing_server_gives_its_own_error(small, tmp_path, homes):
     with pytest.raises(DataError) as there:
         run_flower(small("flower", data=str(tmp_path / "missing.jsonl")), workers=1)

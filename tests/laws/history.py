@@ -13,7 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import client.app
 import server.app
 from client.identity import Identity, Introduction
 from client.keeper import Keeper
+from fedtune import ledger_file
 from fedtune.config import RunConfig
 from fedtune.directions import Pool
 from fedtune.run_folder import RunFolder
@@ -219,10 +222,13 @@ def _through(keeper: Keeper) -> Callable[[Message, Context], Message]:
 def main() -> None:
     """Runs from stdin, outcomes to stdout."""
     torch.set_num_threads(1)
-    os.fsync = lambda *_: None
+    os.fsync = lambda *_: None  # as in tests/conftest.py
+    ledger_file.FLUSHED = "PRAGMA synchronous = OFF"
     importlib.metadata.version = cache(importlib.metadata.version)
     for family in ("hadamard", "lowrank", "axes"):
         self_test(Pool(family, 1, 16))  # kernels are compiled or read, once
+    with suppress(ImportError, AttributeError):  # a version of transformers without it
+        import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # 946 patterns, once
     runs: Sequence[Mapping[str, Any]] = json.load(sys.stdin)
     print(json.dumps(fresh([dict(settings) for settings in runs], Path(sys.argv[1]))), flush=True)
     os._exit(0)  # the end of a process that was forked waits for threads that the children had

@@ -99,7 +99,6 @@ def _name(settings: Settings) -> str:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda *_: None)
     monkeypatch.setattr(importlib.metadata, "version", cache(importlib.metadata.version))
     release()
 

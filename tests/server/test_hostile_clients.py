@@ -156,7 +156,7 @@ def test_a_node_that_comes_back_under_another_id_leaves_a_ledger_that_can_be_ver
     """Both ids were of one node, one of its two answers was ignored every round, and `ledger verify` failed for ever."""
     longer = asked.replace(rounds=6, clients_per_round=4)
     grid = LocalGrid(client.app.app, 4, longer.as_mapping())
-    node, polls = next(iter(grid.contexts)), [0]
+    node, polls = next(iter(grid.nodes)), [0]
     everybody = grid.get_node_ids
 
     def away_once() -> list[int]:
