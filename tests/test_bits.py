@@ -128,9 +128,7 @@ def test_what_is_not_finite_stays_so_at_every_width(pattern: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.sampled_from([1, 2]), st.integers(0, 2**32 - 1))
-def test_odd_numbers_of_units_are_the_nearest_and_never_worse_than_signs(
-    counts: list[int], bits: int, seed: int
-) -> None:
+def test_odd_numbers_of_units_are_the_nearest_and_never_worse_than_signs(counts: list[int], bits: int, seed: int) -> None:
     values = np.random.default_rng(seed).standard_t(3, size=sum(counts)).astype(np.float32)
     packed = words.pack_blocks(values, np.array(counts), bits)
     assert len(packed) == 2 * len(counts) + -(-sum(counts) * bits // 8)
