@@ -12,6 +12,7 @@ import torch
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS, Algorithm, State
 from fedtune.algorithms.base import pool_number
+from fedtune.algorithms.coordinates import leading
 from fedtune.algorithms.first_order import gathers
 from fedtune.beside import LARGE
 from fedtune.coefficients import Coefficients, PoolCoefficients
@@ -162,8 +163,7 @@ def _asked_for(pool: PoolCoefficients, config: RunConfig, counts: npt.NDArray[np
     """What of a full pool can be in use: the leading `counts` of each block where the server chooses them for a fresh pool."""
     if not counts.size or config.pool_every != 1:
         return pool
-    used = np.arange(pool.pool.size) < counts[:, None]
-    return replace(pool, q=pool.q * used.astype(pool.q.dtype))
+    return replace(pool, q=pool.q * leading(counts, pool.pool.size).astype(pool.q.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.algorithms.base import State
+from fedtune.algorithms.base import LocalWork, State
 from fedtune.config import RunConfig
-from fedtune.directions.base import F64
+from fedtune.directions.base import F64, Bools
 from fedtune.layout import BlockRule, Layout
+from fedtune.wire import Instruction, Status, Update
 
 I64 = npt.NDArray[np.int64]
 LARGEST_COUNT = 65535  # counts travel as 16-bit numbers
@@ -79,6 +82,27 @@ def allocate(norms: F64, sizes: I64, total: int, pool_size: int, rule: str) -> I
         left = total - int(counts.sum())
         open_blocks = (weights > 0) & (counts < caps)
     return counts
+
+
+def leading(counts: I64, pool_size: int) -> Bools:
+    """bool [L, K]: the first K_l seeds of the pool in each block, which all clients use where coordinates are shared."""
+    return np.asarray(np.arange(pool_size) < counts[:, None])
+
+
+def coordinates_update(
+    work: LocalWork, losses: Sequence[float], finite: bool, counts: I64, coordinates: F64, instruction: Instruction
+) -> Update:
+    """float64 [sum of `counts`] coordinates as the update that answers `instruction`."""
+    return Update(
+        round=instruction.round,
+        digest=instruction.digest,
+        status=Status.FINISHED if finite else Status.NOT_FINITE,
+        steps=len(losses),
+        examples=work.examples,
+        train_loss=float(np.mean(losses)) if losses else 0.0,
+        scalars=coordinates.astype(np.float32),
+        counts=counts,
+    )
 
 
 def most_coordinates(config: RunConfig, layout: Layout) -> int:

@@ -34,6 +34,8 @@ from fedtune.algorithms.coordinates import (
     OFFICIAL_LEAST,
     allocate,
     block_rule,
+    coordinates_update,
+    leading,
     mean_norms,
     most_coordinates,
     pool_size,
@@ -45,7 +47,7 @@ from fedtune.directions.base import F64
 from fedtune.errors import MalformedMessageError
 from fedtune.layout import Layout
 from fedtune.seeds import Stream
-from fedtune.wire import Instruction, Kind, Status, Update
+from fedtune.wire import Instruction, Kind, Update
 
 NORM_PIECE = 1 << 16  # elements whose squares are summed at once: 512 KiB of float64, which stay in a core's cache
 OFFICIAL_PIECE_NORM = 10.0  # a rank-one piece of the rebuild is scaled down to this norm in the official code
@@ -61,16 +63,7 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
     losses, finite = descend(work, config)
     found = project(work, change, config, instruction) if finite else None
     counts, coordinates = found or _nothing(work, config, instruction)
-    return Update(
-        round=instruction.round,
-        digest=instruction.digest,
-        status=Status.FINISHED if found else Status.NOT_FINITE,
-        steps=len(losses),
-        examples=work.examples,
-        train_loss=float(np.mean(losses)) if losses else 0.0,
-        scalars=coordinates.astype(np.float32),
-        counts=counts,
-    )
+    return coordinates_update(work, losses, found is not None, counts, coordinates, instruction)
 
 
 def project(work: LocalWork, change: Change, config: RunConfig, instruction: Instruction) -> tuple[I64, F64] | None:
@@ -157,7 +150,7 @@ def chosen_seeds(config: RunConfig, round: int, client: str, counts: I64, pool_s
     With coordinates = shared they are the first K_l of the pool for everybody.
     """
     if config.coordinates == "shared":
-        return np.asarray(np.arange(pool_size) < counts[:, None])
+        return leading(counts, pool_size)
     wanted = np.zeros((len(counts), pool_size), dtype=np.bool_)
     for block, count in enumerate(counts.tolist()):
         wanted[block, Stream(config.seed, "coordinates", round, client, block).subset(pool_size, count)] = True

@@ -9,7 +9,8 @@ where all of them are small, as those of adapters, they are gathered: a hook for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -110,20 +111,66 @@ def is_finite(gradient: Tensor) -> bool:
 
 
 def descend(work: LocalWork, config: RunConfig) -> tuple[list[float], bool]:
-    """T = `client_steps` steps: (the loss of each, whether all was finite). After the deadline no further one is begun."""
-    losses: list[float] = []
-    loss: float | None = None
+    """T = `client_steps` steps on the weights: (the loss of each, whether all was finite)."""
     with FirstOrder(work, config) as steps:
-        for step in range(config.client_steps):
-            check_stop()
-            if not work.in_time(step):
-                break
-            loss = steps.take()
-            if loss is None:
-                break
-            losses.append(loss)
-            emit(ClientStep(work.client, step + 1, config.client_steps, loss))
-    return losses, loss is not None
+        return repeated(work, config, steps.take)
+
+
+def repeated(work: LocalWork, config: RunConfig, take: Callable[[], float | None]) -> tuple[list[float], bool]:
+    """T = `client_steps` calls of `take`, a step that gives its loss, or None if something is not finite, which ends them.
+
+    Returns (the loss of each step, whether all was finite). After the deadline no further step is begun.
+    """
+    losses: list[float] = []
+    for step in range(config.client_steps):
+        check_stop()
+        if not work.in_time(step):
+            break
+        loss = take()
+        if loss is None:
+            return losses, False
+        losses.append(loss)
+        emit(ClientStep(work.client, step + 1, config.client_steps, loss))
+    return losses, True
+
+
+def backward(work: LocalWork, batches: int) -> float | None:
+    """The mean loss over so many batches, whose gradients are added up; None if it is not finite."""
+    total = 0.0
+    for _ in range(batches):
+        loss = work.loss(work.model, next(work.batches)) / batches
+        total += float(loss.detach())
+        if not math.isfinite(total):
+            return None
+        loss.backward()  # type: ignore[no-untyped-call]
+    return total
+
+
+@contextmanager
+def each_gradient(weights: Sequence[Parameter], arrived: Callable[[int, Tensor], None] | None) -> Iterator[None]:
+    """Inside the `with` block `arrived` takes each gradient (index, gradient) in the backward pass, when it is complete.
+
+    That is when all uses of a tied tensor are in; it is the weight's no longer. None: gradients stay where they are. No
+    weight has a gradient before or after the block.
+    """
+    handles: list[Any] = []
+
+    def hand_over(index: int, weight: Parameter) -> None:
+        gradient, weight.grad = weight.grad, None
+        if gradient is not None and arrived is not None:
+            arrived(index, gradient)
+
+    for index, weight in enumerate(weights):
+        weight.grad = None
+        if arrived is not None:
+            handles.append(weight.register_post_accumulate_grad_hook(partial(hand_over, index)))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for weight in weights:
+            weight.grad = None
 
 
 class FirstOrder:
@@ -138,21 +185,14 @@ class FirstOrder:
         self.optimizer = Optimizer(config, work.live)
         self.at_once = not gathers(config, sum(weight.numel() * weight.element_size() for weight in work.weights))
         self._finite = True
-        self._handles: list[Any] = []
+        self._gradients = each_gradient(work.weights, self._arrived if self.at_once else None)
 
     def __enter__(self) -> Self:
-        for index, weight in enumerate(self.work.weights):
-            weight.grad = None
-            if self.at_once:
-                arrived = partial(self._arrived, index)
-                self._handles.append(weight.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
+        self._gradients.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for weight in self.work.weights:
-            weight.grad = None
+        self._gradients.__exit__(kind, error, trace)
 
     def take(self) -> float | None:
         """One step over `accumulate` batches: its mean loss, or None if a loss or gradient is not finite.
@@ -160,24 +200,16 @@ class FirstOrder:
         A loss that is not finite leaves the weights as they were; so does a gradient, except that with `at_once` the
         tensors before it in the backward pass have moved. Do not go on after None.
         """
-        total = 0.0
-        for _ in range(self.config.accumulate):
-            loss = self.work.loss(self.work.model, next(self.work.batches)) / self.config.accumulate
-            total += float(loss.detach())
-            if not math.isfinite(total):
-                return None
-            loss.backward()  # type: ignore[no-untyped-call]
-        if not self.at_once:
+        loss = backward(self.work, self.config.accumulate)
+        if loss is not None and not self.at_once:
             self._apply_all()
-        return total if self._finite else None
+        return loss if self._finite else None
 
-    def _arrived(self, index: int, weight: Parameter) -> None:
-        """Called in the backward pass when the gradient of a tensor, tied uses included, is complete."""
-        gradient, weight.grad = weight.grad, None
-        if gradient is not None and self._finite:
+    def _arrived(self, index: int, gradient: Tensor) -> None:
+        if self._finite:
             self._finite = is_finite(gradient)
             if self._finite:
-                self.optimizer.step(index, weight, gradient)
+                self.optimizer.step(index, self.work.weights[index], gradient)
 
     def _apply_all(self) -> None:
         gradients = [weight.grad for weight in self.work.weights if weight.grad is not None]

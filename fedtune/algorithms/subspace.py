@@ -23,25 +23,30 @@ the model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch.nn import Parameter
+from torch import Tensor
 
 from fedtune.algorithms.base import Algorithm, LocalWork, State, no_draw_weights, server_rate, shares
-from fedtune.algorithms.coordinates import I64, block_rule, most_coordinates, pool_size, shared_counts
+from fedtune.algorithms.coordinates import (
+    I64,
+    block_rule,
+    coordinates_update,
+    leading,
+    most_coordinates,
+    pool_size,
+    shared_counts,
+)
+from fedtune.algorithms.first_order import backward, each_gradient, repeated
 from fedtune.config import RunConfig
-from fedtune.directions.base import F64
+from fedtune.directions.base import F64, Bools
 from fedtune.layout import Layout
-from fedtune.progress import ClientStep, check_stop, emit
-from fedtune.wire import Instruction, Kind, Status, Update
+from fedtune.wire import Instruction, Kind, Update
 
 BETAS = (0.9, 0.99)  # of adamw: a round has tens of steps, and begins afresh
 LEAST_SCALE = 1e-3  # a block's weights count as at least so large in the root mean square: biases begin at zero
@@ -63,15 +68,13 @@ class Optimizer:
     Args:
         scales: float64 [L], root mean square of each block's weights.
         counts: int64 [L], K_l.
-        wanted: bool [L, K], the coordinates that are trained.
     """
 
-    def __init__(self, config: RunConfig, scales: F64, counts: I64, wanted: npt.NDArray[np.bool_]) -> None:
+    def __init__(self, config: RunConfig, scales: F64, counts: I64) -> None:
         self.rule, self.keep = config.optimizer, config.local_momentum
         self.counts = np.maximum(counts, 1)[:, None]
         self.rates = config.lr * np.maximum(scales, LEAST_SCALE)[:, None] / np.sqrt(self.counts)
-        self.coordinates = np.zeros(wanted.shape)
-        self._mean, self._square = np.zeros(wanted.shape), np.zeros(wanted.shape if self.rule == "adamw" else (1, 1))
+        self.coordinates = self._mean = self._square = np.zeros((len(counts), 1))  # [L, K] from the first step on
         self._steps = 0
 
     def step(self, gradient: F64) -> F64:
@@ -103,50 +106,40 @@ class Gradients:
     ...     loss, found = gradients.take(1)
     """
 
-    def __init__(self, work: LocalWork, wanted: npt.NDArray[np.bool_]) -> None:
+    def __init__(self, work: LocalWork, wanted: Bools) -> None:
         self.work, self.wanted = work, wanted
         self._whole = work.directions.family.whole
         self._rows: list[F64] = []
-        self._handles: list[Any] = []
+        self._gradients = each_gradient(work.weights, None if self._whole else self._arrived)
 
     def __enter__(self) -> Self:
-        for index, weight in enumerate(self.work.weights):
-            weight.grad = None
-            if not self._whole:
-                arrived = partial(self._arrived, index)
-                self._handles.append(weight.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
+        self._gradients.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for weight in self.work.weights:
-            weight.grad = None
+        self._gradients.__exit__(kind, error, trace)
 
     def take(self, batches: int) -> tuple[float, F64] | None:
         """(mean loss, float64 [L, K]) over so many batches; None if it is not finite."""
-        layout, total = self.work.directions.layout, 0.0
         self._rows = [np.zeros(self.wanted.shape[1]) for _ in self.work.weights]
-        for _ in range(batches):
-            loss = self.work.loss(self.work.model, next(self.work.batches)) / batches
-            total += float(loss.detach())
-            if not math.isfinite(total):
-                return None
-            loss.backward()  # type: ignore[no-untyped-call]
-        if self._whole:
-            return self._checked(total, self._at_once())
-        gradient = np.zeros(self.wanted.shape)
-        for entry, row in zip(layout.entries, self._rows, strict=True):  # in the order of the layout, not of arrival
-            gradient[entry.block] += row
-        return self._checked(total, gradient)
+        loss = backward(self.work, batches)
+        if loss is None:
+            return None
+        gradient = self._at_once() if self._whole else self._summed()
+        return (loss, gradient) if np.isfinite(gradient).all() else None
 
-    def _arrived(self, index: int, weight: Parameter) -> None:
-        """Called in the backward pass when the gradient of a tensor, tied uses included, is complete."""
-        gradient, weight.grad = weight.grad, None
+    def _arrived(self, index: int, gradient: Tensor) -> None:
         directions = self.work.directions
         wanted = self.wanted[directions.layout.entries[index].block]
-        if gradient is not None and wanted.any():
+        if wanted.any():
             directions.accumulate(self._rows[index], index, gradient, wanted)
+
+    def _summed(self) -> F64:
+        """The tensors of a block in the order of the layout, not of arrival."""
+        gradient = np.zeros(self.wanted.shape)
+        for entry, row in zip(self.work.directions.layout.entries, self._rows, strict=True):
+            gradient[entry.block] += row
+        return gradient
 
     def _at_once(self) -> F64:
         """For a family whose directions are drawn as a whole: from all gradients together."""
@@ -156,15 +149,6 @@ class Gradients:
             weight.grad = None
         return found
 
-    @staticmethod
-    def _checked(loss: float, gradient: F64) -> tuple[float, F64] | None:
-        return (loss, gradient) if np.isfinite(gradient).all() else None
-
-
-def trained(counts: I64, pool_size: int) -> npt.NDArray[np.bool_]:
-    """bool [L, K]: the first K_l of the pool in every block, for everybody."""
-    return np.asarray(np.arange(pool_size) < counts[:, None])
-
 
 def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -> Update:
     """T steps; the update is the coordinates after the last one.
@@ -173,40 +157,27 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
     begun, and the update is that of the steps done.
     """
     assert work.moves is not None, "training in the subspace needs a replica"
-    counts = instruction.counts.astype(np.int64)
-    wanted = trained(counts, work.directions.pool.size)
-    optimizer = Optimizer(config, work.moves.scales, counts, wanted)
-    losses: list[float] = []
-    status = Status.FINISHED
+    moves, counts = work.moves, instruction.counts.astype(np.int64)
+    wanted = leading(counts, work.directions.pool.size)
+    optimizer = Optimizer(config, moves.scales, counts)
     with Gradients(work, wanted) as gradients:
-        for step in range(config.client_steps):
-            check_stop()
-            if not work.in_time(step):
-                break
+
+        def take() -> float | None:
             found = gradients.take(config.accumulate)
             if found is None:
-                status = Status.NOT_FINITE
-                break
-            losses.append(found[0])
-            work.moves.move(optimizer.step(found[1]))
-            emit(ClientStep(work.client, step + 1, config.client_steps, found[0]))
-    coordinates = optimizer.coordinates if status == Status.FINISHED else np.zeros(wanted.shape)
-    return Update(
-        round=instruction.round,
-        digest=instruction.digest,
-        status=status,
-        steps=len(losses),
-        examples=work.examples,
-        train_loss=float(np.mean(losses)) if losses else 0.0,
-        scalars=coordinates[wanted].astype(np.float32),
-        counts=counts,
-    )
+                return None
+            moves.move(optimizer.step(found[1]))
+            return found[0]
+
+        losses, finite = repeated(work, config, take)
+    coordinates = optimizer.coordinates if finite else np.zeros(wanted.shape)
+    return coordinates_update(work, losses, finite, counts, coordinates[wanted], instruction)
 
 
 def aggregate(state: State, updates: Mapping[str, Update], config: RunConfig, layout: Layout) -> State:
     """C <- C + server_lr * sum_i share_i c_i, clients in sorted order, at least one."""
     first = next(iter(updates.values()))
-    wanted = trained(first.counts, state.pool.size)
+    wanted = leading(first.counts, state.pool.size)
     step = np.zeros(state.values.shape)
     for client, share in shares(updates, config).items():
         step[wanted] += share * updates[client].scalars.astype(np.float64)

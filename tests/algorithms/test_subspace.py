@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fedtune.algorithms import LocalWork
-from fedtune.algorithms.coordinates import allocate
-from fedtune.algorithms.subspace import BETAS, SUBSPACE, Gradients, Optimizer, aggregate, local_update, trained
+from fedtune.algorithms.coordinates import allocate, leading
+from fedtune.algorithms.subspace import BETAS, SUBSPACE, Gradients, Optimizer, aggregate, local_update
 from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch, collate
@@ -87,7 +87,7 @@ def update(work: LocalWork, asked: RunConfig, total: int = 64) -> Update:
 def table(found: Update, size: int = SIZE) -> F64:
     """float64 [L, K]: the coordinates of an update in their places."""
     result = np.zeros((len(found.counts), size))
-    result[trained(found.counts, size)] = found.scalars
+    result[leading(found.counts, size)] = found.scalars
     return result
 
 
@@ -101,7 +101,7 @@ def snapshot(replica: Replica) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", SHARED)
 def test_the_gradient_is_that_of_the_weights_on_each_direction(replica: Replica, family: str) -> None:
     work = begin(replica, pool(family))
-    wanted = trained(counts(replica), SIZE)
+    wanted = leading(counts(replica), SIZE)
     with Gradients(work, wanted) as gradients:
         found = gradients.take(1)
     assert found is not None
@@ -136,8 +136,8 @@ def test_micro_batches_are_averaged(replica: Replica) -> None:
 
 def test_adamw_is_that_of_torch_with_a_rate_for_each_block() -> None:
     number = np.array([3, 2])
-    wanted, scales = trained(number, 3), np.array([0.5, 2.0])
-    own = Optimizer(config(optimizer="adamw"), scales, number, wanted)
+    wanted, scales = leading(number, 3), np.array([0.5, 2.0])
+    own = Optimizer(config(optimizer="adamw"), scales, number)
     theirs = [torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in number]
     rates = 0.01 * scales / np.sqrt(number)
     optimizers = [
@@ -158,17 +158,17 @@ def test_sgd_and_momentum_take_the_direction_of_each_gradient_and_not_its_length
     number, scales, rate = np.array([2]), np.array([1.0]), 0.01 / math.sqrt(2)
     first, second = np.array([[3.0, 4.0]]), np.array([[-1.0, 1.0]])
     one, other = first / math.sqrt(12.5), second
-    plain = Optimizer(config(optimizer="sgd"), scales, number, trained(number, 2))
+    plain = Optimizer(config(optimizer="sgd"), scales, number)
     np.testing.assert_allclose(plain.step(first), -rate * one)
     np.testing.assert_allclose(plain.step(1e6 * second), -rate * (one + other))
-    slow = Optimizer(config(optimizer="momentum", local_momentum=0.5), scales, number, trained(number, 2))
+    slow = Optimizer(config(optimizer="momentum", local_momentum=0.5), scales, number)
     np.testing.assert_allclose(slow.step(first), -rate * one)
     np.testing.assert_allclose(slow.step(second), -rate * (one + (0.25 * one + 0.5 * other) / 0.75))
 
 
 def test_a_block_without_a_gradient_stays() -> None:
     number = np.array([2, 0])
-    own = Optimizer(config(), np.array([1.0, 1.0]), number, trained(number, 2))
+    own = Optimizer(config(), np.array([1.0, 1.0]), number)
     assert not own.step(np.zeros((2, 2))).any()
 
 
@@ -313,10 +313,10 @@ def test_the_servers_step_is_the_weighted_mean_and_its_norms_are_those_of_the_we
     }
     after = aggregate(state, updates, asked, layout)
     mean = 0.25 * updates["a"].scalars.astype(np.float64) + 0.75 * updates["b"].scalars.astype(np.float64)
-    np.testing.assert_allclose(after.values[trained(number, state.pool.size)], 0.5 * mean, rtol=1e-12)
-    assert not after.values[~trained(number, state.pool.size)].any()
+    np.testing.assert_allclose(after.values[leading(number, state.pool.size)], 0.5 * mean, rtol=1e-12)
+    assert not after.values[~leading(number, state.pool.size)].any()
     step = np.zeros(after.values.shape, dtype=np.float32)
-    step[trained(number, state.pool.size)] = mean
+    step[leading(number, state.pool.size)] = mean
     moved = [torch.zeros(entry.shape) for entry in layout.entries]
     replica.directions(state.pool).combine(moved, moved, step)
     squares = np.zeros(layout.blocks)
