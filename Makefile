@@ -1,6 +1,6 @@
 # `make demo` sets everything up and trains; `make test` sets everything up and checks. Both can be run again at any time.
 #
-#   make demo                            environment, then three federated runs on the embedded model (CPU, a minute)
+#   make demo                            environment, then three federated runs on the embedded model (CPU, a minute or two)
 #   make test                            environment, then ruff, mypy and the tests, but for those of the next line and for GPUs
 #   make test-deployment                 environment, then the tests that start deployments, kill processes, use a real model or train for minutes
 #   .venv/bin/python -m pytest -m fuzz   many more hostile inputs than make test tries (docs/wire.md)

@@ -14,7 +14,7 @@ PRESETS = ("demo_fedkseed", "demo_ferret", "demo_subspace")
 
 
 def demo(out: OutOption = "", as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Run the three algorithms on a small model that ships with fedtune, on a CPU in about a minute, and compare them.
+    """Run the three algorithms on a small model that ships with fedtune, on a CPU in a minute or two, and compare them.
 
     [bold]fedtune demo --out runs/first[/bold] writes runs/first/demo_fedkseed, demo_ferret and demo_subspace.
     """

@@ -52,7 +52,7 @@ app = typer.Typer(
 @app.callback(
     epilog="""Start here:
 
-[bold]fedtune demo[/bold]   two federated runs on a small model, in about a minute
+[bold]fedtune demo[/bold]   three federated runs on a small model, in a minute or two
 
 [bold]fedtune simulate demo_ferret --set rounds=5[/bold]   one preset, one setting changed
 
