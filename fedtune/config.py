@@ -114,10 +114,11 @@ class RunConfig(BaseModel):
         description="ferret: scale 1/K_l (unbiased, the paper), 1/(K_l + d_l) (least error), or official: 1/(3 K_l) "
         "with each rank-one piece clipped to norm 10, as in its code",
     )
-    coordinates: Literal["own", "shared"] = Field(
-        "own",
-        description="ferret: seeds that a client projects on: its own choice from the pool, so that errors average over "
-        "clients; shared: the same for all, so that a round is K numbers on the way down too",
+    coordinates: Literal["", "own", "shared"] = Field(
+        "",
+        description="seeds that a client's coordinates are of; own ('' for ferret): its own choice from the pool, so that "
+        "errors average over clients; shared ('' for subspace, which has nothing else): the same for all, so that a round is K "
+        "numbers on the way down too",
     )
     # ------------------------------------------------------------------ the methods to compare with
     lora_rank: int = Field(8, ge=1, le=1024, description="lora: rank of an adapter")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fedtune.choices import check_choices
 from fedtune.errors import ConfigError, ContradictionError
 from fedtune.foreign import client_id
-from fedtune.methods import FIXED, OWNERS, SOME_COORDINATES, WHOLE_WEIGHTS, ZEROTH_ORDER, Scalar
+from fedtune.methods import FIXED, OWNERS, SOME_COORDINATES, WHOLE_WEIGHTS, ZEROTH_ORDER, Scalar, defaults_of
 
 if TYPE_CHECKING:
     from fedtune.config import RunConfig
@@ -119,8 +119,9 @@ def _check_places(config: RunConfig) -> None:
 
 def _refuse_foreign(config: RunConfig) -> None:
     """A setting of another algorithm or family would be recorded and change nothing, so it is refused."""
+    own = defaults_of(config.algorithm, config.optimizer)
     for key, owners in OWNERS.items():
-        if config.algorithm not in owners and getattr(config, key) != type(config).model_fields[key].default:
+        if config.algorithm not in owners and getattr(config, key) != own.get(key, type(config).model_fields[key].default):
             by_definition = key in ("server_lr", "anneal") and config.algorithm in ZEROTH_ORDER
             reason = " (its model is w0 - lr * sum A_k z_k by definition)" if by_definition else ""
             raise ContradictionError(

@@ -53,7 +53,8 @@ ADAMW_RATES = {"ferret": 1e-7, **dict.fromkeys(("fedavg", "local", "central"), 1
 RELATIVE = {"subspace": 1e-2}  # relative to the weights, with every optimizer
 MOMENTUM_PART = 0.1  # of sgd's rate: with local_momentum 0.9 a gradient moves the weights ten times as far in the end
 
-USUAL: dict[str, dict[str, Scalar]] = {"subspace": {"optimizer": "sgd", "pool_every": 1}}  # where they are not set
+USUAL: dict[str, Scalar] = {"optimizer": "sgd", "coordinates": "own"}  # where they are not set
+USUAL_OF: dict[str, dict[str, Scalar]] = {"subspace": {"pool_every": 1}}  # of one algorithm
 
 BITS = {"coefficient_bits": 8, "scalar_bits": 16}  # of messages that are not full weights
 
@@ -87,7 +88,7 @@ def _by_rate(rates: Mapping[str, float]) -> str:
 
 def defaults_of(algorithm: str, optimizer: str) -> dict[str, Scalar]:
     """The settings that depend on the method, as they are where they are not set."""
-    usual = USUAL.get(algorithm, {"optimizer": "sgd"})
+    usual = {**USUAL, **USUAL_OF.get(algorithm, {})}
     bits = {key: default_bits(key, algorithm) for key in BITS}
     return {**bits, **usual, "lr": default_rate(algorithm, optimizer or str(usual["optimizer"])), **FIXED.get(algorithm, {})}
 

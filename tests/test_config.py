@@ -96,6 +96,10 @@ def test_the_optimizer_and_the_pools_are_the_methods_own() -> None:
     }  # fmt: skip
     assert RunConfig(algorithm="subspace", optimizer="sgd", pool_every=3).pool_every == 3
     assert usual["subspace"].replace(algorithm="ferret") == RunConfig(algorithm="ferret")
+    for name, own in usual.items():  # what a run folder has recorded is read again
+        assert RunConfig.from_mapping(own.as_mapping()) == own, name
+    with pytest.raises(ContradictionError, match="coordinates belongs to ferret and subspace, not to fedkseed"):
+        RunConfig(coordinates="shared")
 
 
 def test_a_rate_that_was_not_given_follows_the_method() -> None:

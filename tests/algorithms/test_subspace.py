@@ -343,6 +343,7 @@ def test_the_next_round_has_a_fresh_pool_and_the_norms_of_the_last(replica: Repl
         ({"reconstruction": "shrunken"}, "reconstruction"),
         ({"momentum": 0.5}, "momentum"),
         ({"allocation": "official"}, "coordinates"),
+        ({"coordinates": "own"}, "coordinates = own"),
         ({"offload": True}, "offload"),
     ],
 )
