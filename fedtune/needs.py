@@ -22,6 +22,8 @@ from fedtune.directions.base import make_family
 from fedtune.evaluation import response_loss
 from fedtune.layout import Layout, base_size
 from fedtune.perturb import Perturbation
+from fedtune.replica import FEW
+from fedtune.scratch import IN_MEMORY
 from fedtune.wire import Instruction
 
 FLOAT32, FLOAT64 = 4, 8  # bytes
@@ -74,6 +76,7 @@ class Needs:
         client_rounds: updates in the whole run; fedavg: bytes if each of them sent all weights in float32, both ways.
         state: bytes of the server's coefficients.
         updates_on_disk: updates that the run folder holds at the same time at most.
+        cache: bytes of the private file with the base and the finished pools, of a process that trains (see replica.py).
         pools_down: pools sent in the whole run if no client that is asked has seen an earlier one (the most).
     """
 
@@ -86,6 +89,7 @@ class Needs:
     fedavg: int
     state: int
     updates_on_disk: int
+    cache: int
 
     @property
     def payload(self) -> int:
@@ -114,7 +118,17 @@ def needs(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbatio
         fedavg=2 * FLOAT32 * base_size(model) * client_rounds,
         state=layout.blocks * algorithm.pool_size(config, layout) * algorithm.value_type(config).itemsize,
         updates_on_disk=client_rounds if kept else config.invited_per_round,
+        cache=_anchor(config, algorithm, layout),
     )
+
+
+def _anchor(config: RunConfig, algorithm: Algorithm, layout: Layout) -> int:
+    """Bytes of the file in which a replica keeps the base with the finished pools, where it needs one by the last round."""
+    finished, size = pool_number(config, config.rounds), FLOAT32 * layout.numel
+    if not finished or size <= IN_MEMORY:
+        return 0
+    slow = not make_family(algorithm.pool(config, layout, 0), layout).fast_combine
+    return size if finished > FEW or slow or config.algorithm == "subspace" else 0
 
 
 # ---------------------------------------------------------------------------------------------------- bytes

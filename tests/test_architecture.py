@@ -7,11 +7,16 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from fedtune import needs as needs_module
+from fedtune.algorithms import ALGORITHMS
+from fedtune.algorithms.base import pool_number
 from fedtune.architecture import SHIPPED, architecture_folder, needs_of_architecture
 from fedtune.cli import main
+from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch
 from fedtune.embedded import shipped_path
@@ -20,6 +25,7 @@ from fedtune.layout import Layout
 from fedtune.models import LanguageModel
 from fedtune.needs import needs
 from fedtune.perturb import Perturbation
+from fedtune.replica import Replica
 
 PAPERS = {
     "datajuicer/LLaMA-1B-dj-refine-150B": 1_345_443_840,
@@ -27,7 +33,11 @@ PAPERS = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
 }
-METHODS = {"fedkseed": {"algorithm": "fedkseed"}, "ferret": {"algorithm": "ferret", "K": 100, "pool_every": 1}}
+METHODS = {
+    "fedkseed": {"algorithm": "fedkseed"},
+    "ferret": {"algorithm": "ferret", "K": 100, "pool_every": 1},
+    "subspace": {"algorithm": "subspace", "K": 100},
+}
 
 
 @pytest.fixture
@@ -45,11 +55,41 @@ def test_a_config_gives_the_numbers_of_the_weights(method: str, no_weights: Path
     layout = Layout.of(tiny_lm.model, "one" if method == "fedkseed" else "grouped")
     ids = torch.zeros(2, 64, dtype=torch.int64)
     real = needs(config, tiny_lm.model, layout, Perturbation(tiny_lm.model, layout), Batch(ids, torch.ones_like(ids), ids))
-    for key in ("parameters", "up", "down", "client_rounds", "pools_down", "fedavg", "payload"):
+    for key in ("parameters", "up", "down", "client_rounds", "pools_down", "fedavg", "payload", "cache"):
         assert getattr(found, key) == getattr(real, key)
     for key in ("weights", "scratch", "logits", "gradients", "optimizer", "difference", "zeroth_order"):
         assert getattr(found.memory, key) == getattr(real.memory, key)
     assert 1.0 <= found.memory.saved / real.memory.saved < 1.3  # the traced pass writes the causal mask out
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"algorithm": "subspace", "rounds": 1}, False),
+        ({"algorithm": "subspace", "rounds": 2}, True),
+        ({"algorithm": "subspace", "rounds": 4, "pool_every": 4}, False),
+        ({"algorithm": "ferret", "rounds": 9, "pool_every": 1}, False),
+        ({"algorithm": "ferret", "rounds": 10, "pool_every": 1}, True),
+        ({"algorithm": "ferret", "rounds": 2, "pool_every": 1, "family": "gaussian"}, True),
+        ({"algorithm": "fedkseed", "rounds": 1000}, False),
+    ],
+)
+def test_the_file_beside_the_base_is_counted_where_a_replica_makes_one(
+    settings: dict[str, object], kept: bool, no_weights: Path, tiny_lm: LanguageModel, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Held against a replica that is brought to the model before the last round, and moved if the algorithm moves."""
+    monkeypatch.setattr(needs_module, "IN_MEMORY", 0)
+    config = RunConfig.from_mapping({"model": str(no_weights), "K": 16, "max_length": 64, **settings})
+    algorithm, layout = ALGORITHMS[config.algorithm], Layout.of(tiny_lm.model, "grouped")
+    replica = Replica(tiny_lm.model, layout, in_memory=0)
+    pools = [algorithm.pool(config, layout, number) for number in range(pool_number(config, config.rounds) + 1)]
+    used = [quantise(pool, np.full((layout.blocks, pool.size), 1e-4), 8) for pool in pools[:-1]]
+    replica.become(Coefficients((*used, PoolCoefficients.zero(pools[-1], layout.blocks))))
+    if config.algorithm == "subspace":
+        replica.move(np.zeros((layout.blocks, pools[-1].size)))
+    assert (replica._anchor is not None) == kept
+    assert needs_of_architecture(config).cache == (4 * layout.numel if kept else 0)
 
 
 def test_sixteen_bits_take_half(no_weights: Path) -> None:

@@ -126,6 +126,11 @@ def _byte_rows(found: Needs, config: RunConfig) -> list[TableRow]:
         ("payload, whole run", in_bytes(found.payload), f"at most; {found.client_rounds} client-rounds"),
         ("FedAvg, the same rounds", in_bytes(found.fedavg), ratio),
         ("disk, run folder", in_bytes(found.disk), f"at most; {_disk_words(found)}"),
+        *(
+            [("disk, cache folder", in_bytes(found.cache), "of each process that trains (XDG_CACHE_HOME)")]
+            if found.cache
+            else []
+        ),
     ]
 
 
