@@ -22,10 +22,10 @@ from benchmarks.models import Client, Size, models, save_random
 from benchmarks.models import sample as sample_of
 from fedtune.algorithms import LocalWork
 from fedtune.algorithms.change import Change
-from fedtune.algorithms.coordinates import leading
 from fedtune.algorithms.ferret import project
 from fedtune.algorithms.first_order import FirstOrder
 from fedtune.algorithms.subspace import Gradients, Optimizer
+from fedtune.coefficients import leading
 from fedtune.config import RunConfig
 from fedtune.data.batches import collate
 from fedtune.directions import Pool

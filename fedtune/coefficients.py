@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.bits import Whole, narrowest
-from fedtune.directions.base import F32, F64, Floats, Pool
+from fedtune.directions.base import F32, F64, Bools, Floats, Pool
 from fedtune.errors import NonFiniteError
 from fedtune.pieces import pieces
 from fedtune.scratch import IN_MEMORY, room
@@ -97,6 +97,11 @@ class Coefficients:
             if not pool.is_zero:
                 state.update(pool.identity)
         return state.digest()[:16]
+
+
+def leading(counts: npt.NDArray[np.int64], size: int) -> Bools:
+    """bool [L, K]: the first `counts[l]` of the `size` seeds of a pool in each block l."""
+    return np.asarray(np.arange(size) < counts[:, None])
 
 
 def summable(pool: Pool, q: Whole, exponents: I32) -> bool:

@@ -10,33 +10,42 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from fedtune.bits import Whole
+from fedtune.bits import I64, Whole, packed_length, unpack_integers
 from fedtune.bounded import parse_json
 from fedtune.coefficients import I32, MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
 from fedtune.config import RunConfig
-from fedtune.delta import FORMAT, VERSION, WIDTHS, Delta, declared, encode
+from fedtune.delta import (
+    FEWEST_BITS,
+    FORMAT,
+    MOST_BITS,
+    MOST_COEFFICIENTS,
+    VERSION,
+    Delta,
+    declared,
+    encode,
+    length_type,
+    too_large,
+)
 from fedtune.directions.base import DISJOINT, MAX_AXES, MAX_POOL, Pool
-from fedtune.errors import DeltaMismatchError, MalformedDeltaError
+from fedtune.errors import DeltaMismatchError, MalformedDeltaError, MalformedMessageError
 from fedtune.foreign import for_screen
 from fedtune.layout import BlockRule
 from fedtune.regular import ANY, open_regular
+from fedtune.scratch import room
 
 MOST_HEADER = 1 << 22  # bytes of header that are read; one of 10,000 pools has a tenth of it
 MOST_BLOCKS = MOST_POOLS = 65536
-MOST_COEFFICIENTS = 1 << 29
 LONGEST_NAME = 200
 KEYS = (
     "format", "version", "fedtune", "base", "dtype", "fingerprint", "tensors", "layout", "block_rule", "block_sizes",
-    "family", "rank", "K", "pool_every", "pools", "round", "digest",
+    "family", "rank", "K", "bits", "pool_every", "pools", "round", "digest",
 )  # fmt: skip
 _CHOICES = {
     "dtype": get_args(RunConfig.model_fields["dtype"].annotation),
@@ -71,14 +80,10 @@ def _decode(file: BinaryIO, size: int, name: str) -> Delta:
     header = _parse(text, name)
     fields = _Fields(header["__metadata__"], name)
     fields.check_format()
-    shape = fields.shape()
-    width, total = _check_tensors(header, shape, name)
-    if 8 + len(text) + total != size:
-        raise _damaged(name, f"it has {size} bytes and announces {8 + len(text) + total}")
-    body = file.read(total)
-    if len(body) != total:
-        raise _damaged(name, "it became shorter while it was read")
-    delta = fields.delta(*_tensors(body, width, shape, name))
+    rest = size - 8 - len(text)
+    lengths, start = _read_lengths(file, rest, fields.shape(), name)
+    body = start + _read_rest(file, rest - len(start), header, lengths, fields, name)
+    delta = fields.delta(*_tensors(body, lengths, fields, name))
     if not all(summable(pool.pool, pool.q, pool.exponents) for pool in delta.pools):
         raise _damaged(name, "the coefficients of a block are too large for exact sums")
     if delta.coefficients.digest(delta.fingerprint) != delta.digest:
@@ -115,7 +120,7 @@ def _parse(text: bytes, name: str) -> dict[str, Any]:
         raise MalformedDeltaError(
             f"{name} is not a delta of fedtune: give a file that `fedtune export RUN --format delta` wrote.", name=name
         )
-    extra = sorted(set(header) - {"__metadata__", "q", "exponents"})
+    extra = sorted(set(header) - {"__metadata__", "lengths", "exponents", "q"})
     if extra:
         raise _damaged(name, f"it has tensors that a delta does not have ({', '.join(map(ascii, extra[:3]))})")
     return header
@@ -128,33 +133,69 @@ def _no_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_tensors(header: Mapping[str, Any], shape: Sequence[int], name: str) -> tuple[npt.DTypeLike, int]:
-    """The numpy type of `q` and the bytes of both tensors, if they are declared as `encode` does."""
-    q = header.get("q")
-    code = q.get("dtype") if isinstance(q, dict) else None
-    if not isinstance(code, str) or code not in WIDTHS:
-        raise _damaged(name, f"its tensor q is {ascii(code)[:20]}, not one of {', '.join(WIDTHS)}")
-    expected = declared(code, shape)
+def _read_lengths(file: BinaryIO, rest: int, shape: tuple[int, int, int], name: str) -> tuple[I64, bytes]:
+    """`lengths` int64 [pools, L] and their bytes, of the `rest` bytes behind the header."""
+    pools, blocks, size = shape
+    kind = np.dtype(length_type(size))
+    if pools * blocks * (kind.itemsize + 1) > rest:
+        raise _damaged(name, f"it has {rest} bytes behind its header, too few for {pools} pools of {blocks} blocks")
+    if pools * blocks * size > MOST_COEFFICIENTS:
+        raise _damaged(name, f"it has more than {MOST_COEFFICIENTS:,} coefficients")
+    start = file.read(pools * blocks * kind.itemsize)
+    if len(start) != pools * blocks * kind.itemsize:
+        raise _damaged(name, "it became shorter while it was read")
+    lengths = np.frombuffer(start, dtype=kind).reshape(pools, blocks)
+    if (lengths > size).any():
+        raise _damaged(name, f"a block has {int(lengths.max())} coefficients and its pool {size} seeds")
+    return lengths.astype(np.int64), start
+
+
+def _read_rest(file: BinaryIO, rest: int, header: Mapping[str, Any], lengths: I64, fields: _Fields, name: str) -> bytes:
+    """What follows the lengths, if the tensors are declared as `encode` does and take the file as it is."""
+    size, bits = fields.shape()[2], fields.bits()
+    expected = declared(lengths, size, bits)
     for key, one in expected.items():
         if header.get(key) != one:
             raise _damaged(name, f"its tensor {key} is not {one['dtype']} {one['shape']} at {one['data_offsets']}")
-    if shape[0] * shape[1] * shape[2] > MOST_COEFFICIENTS:
-        raise _damaged(name, f"it has more than {MOST_COEFFICIENTS:,} coefficients")
-    return WIDTHS[code][0], shape[0] * shape[1] * (shape[2] * np.dtype(WIDTHS[code][0]).itemsize + 1)
+    announced = lengths.size + packed_length(int(lengths.sum()), bits)
+    if announced != rest:
+        raise _damaged(name, f"it has {rest} bytes behind its lengths and announces {announced}")
+    if too_large(lengths, size, bits):
+        raise _damaged(name, f"its coefficients would take more memory than {rest} bytes of them may")
+    body = file.read(rest)
+    if len(body) != rest:
+        raise _damaged(name, "it became shorter while it was read")
+    return body
 
 
-def _tensors(body: bytes, width: npt.DTypeLike, shape: tuple[int, int, int], name: str) -> tuple[Whole, I32]:
-    """q [pools, L, K] as it is in the file and exponents int32 [pools, L], if their values are those of a grid."""
-    q = np.frombuffer(body, dtype=width, count=prod(shape)).reshape(shape)
-    exponents = np.frombuffer(body, dtype="<i1", offset=q.nbytes).astype(np.int32).reshape(shape[:2])
+def _tensors(body: bytes, lengths: I64, fields: _Fields, name: str) -> tuple[list[Whole], I32]:
+    """q [L, K] of each pool and exponents int32 [pools, L], if their values are those of a grid."""
+    (pools, blocks, size), bits = fields.shape(), fields.bits()
+    if not (lengths > 0).any(axis=1).all():
+        raise _damaged(name, "a pool has no coefficient")
+    start = lengths.size * np.dtype(length_type(size)).itemsize
+    exponents = np.frombuffer(body, dtype="<i1", count=lengths.size, offset=start).astype(np.int32).reshape(pools, blocks)
     if (exponents < MIN_EXPONENT).any() or (exponents > MAX_EXPONENT).any():
         raise _damaged(name, f"an exponent is outside {MIN_EXPONENT} .. {MAX_EXPONENT}")
-    used = np.any(q, axis=2)
-    if (exponents[~used] != 0).any():
+    if (exponents[lengths == 0] != 0).any():
         raise _damaged(name, "a block without coefficients has an exponent")
-    if not used.any(axis=1).all():
-        raise _damaged(name, "a pool has no coefficient")
-    return q, exponents
+    try:
+        values = unpack_integers(memoryview(body)[start + lengths.size :], int(lengths.sum()), bits)
+    except MalformedMessageError:
+        raise _damaged(name, "a coefficient is outside its grid, or bits behind the last one are set") from None
+    return list(_spread(values, lengths, size)), exponents
+
+
+def _spread(values: Whole, lengths: I64, size: int) -> Iterator[Whole]:
+    """Pool by pool [L, K], the numbers of a block first and zeros behind them."""
+    done = 0
+    for of_pool in lengths:
+        q: Whole = room((len(of_pool), size), values.dtype)
+        for row, length in zip(q, of_pool, strict=True):
+            row[:length] = values[done : done + length]
+            row[length:] = 0
+            done += int(length)
+        yield q
 
 
 class _Fields:
@@ -217,8 +258,12 @@ class _Fields:
         """The largest K of the family."""
         return MAX_AXES if self.choice("family") in DISJOINT else MAX_POOL
 
-    def delta(self, q: Whole, exponents: I32) -> Delta:
-        """The delta with these coefficients, [pools, L, K] and [pools, L]."""
+    def bits(self) -> int:
+        """Of each coefficient."""
+        return self.number("bits", FEWEST_BITS, MOST_BITS)
+
+    def delta(self, q: Sequence[Whole], exponents: I32) -> Delta:
+        """The delta with these coefficients, [L, K] of each pool and [pools, L]."""
         family, size = self.choice("family"), self.number("K", 1, self.most())
         rank = self.number("rank", 1, 256 if family == "lowrank" else 1)
         numbers, seeds = self.pools()

@@ -12,10 +12,9 @@ import torch
 from fedtune import wire
 from fedtune.algorithms import ALGORITHMS, Algorithm, State
 from fedtune.algorithms.base import pool_number
-from fedtune.algorithms.coordinates import leading
 from fedtune.algorithms.first_order import gathers
 from fedtune.beside import LARGE
-from fedtune.coefficients import Coefficients, PoolCoefficients
+from fedtune.coefficients import Coefficients, PoolCoefficients, leading
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch
 from fedtune.directions.base import make_family

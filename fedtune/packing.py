@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.bits import WHOLE_BYTES, Reader, Whole, integers_packed, narrowest, packed_length, unpack_integers
-from fedtune.coefficients import MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, summable
+from fedtune.coefficients import MAX_EXPONENT, MIN_EXPONENT, PoolCoefficients, leading, summable
 from fedtune.directions.base import Pool
 from fedtune.errors import MalformedMessageError, MismatchError, StaleReplicaError
-from fedtune.pieces import AT_ONCE, Buffer, joined, pieces, release
+from fedtune.pieces import AT_ONCE, Buffer, joined, pieces, placed, release
 from fedtune.scratch import room
 
 Known = Callable[[], PoolCoefficients | None]
@@ -74,7 +74,7 @@ def pool_packed(
     exponents = coefficients.exponents.astype("<i1").tobytes()
     lengths = {Form.DENSE: packed_length(flat.size, bits), Form.SPARSE: _sparse_length(flat, bits)}
     if coefficients.pool.size <= LONGEST_PREFIX and prefix_bytes(flat.size, bits) <= room:
-        lengths[Form.PREFIXES] = 2 * len(coefficients.q) + packed_length(int(_prefixes(coefficients.q).sum()), bits)
+        lengths[Form.PREFIXES] = 2 * len(coefficients.q) + packed_length(int(prefixes(coefficients.q).sum()), bits)
     if known is not None and known.pool == coefficients.pool and not known.pool.disjoint:
         change = flat - _on_grid(known, coefficients.exponents).reshape(-1)
         width = max(2, int(np.abs(change).max()).bit_length() + 1)
@@ -115,22 +115,24 @@ def _sparse_length(flat: Whole, bits: int) -> int:
     return packed_length(flat.size, 1) + packed_length(sum(int(np.count_nonzero(piece)) for piece in pieces(flat)), bits)
 
 
-def _prefixes(q: Whole) -> npt.NDArray[np.int64]:
-    """int64 [L]: how many leading coefficients of each block there are up to the last that is not zero."""
-    last = q.shape[1] - np.argmax(q[:, ::-1] != 0, axis=1)
-    return np.asarray(np.where(q.any(axis=1), last, 0), dtype=np.int64)
+def prefixes(q: Whole) -> npt.NDArray[np.int64]:
+    """int64 [L]: how many leading coefficients of each block of `q` [L, K] there are up to the last that is not zero."""
+    return np.array([_prefix(row) for row in q], dtype=np.int64)
+
+
+def _prefix(row: Whole) -> int:
+    for where, piece in reversed(list(placed(row))):
+        used = np.flatnonzero(piece)
+        if len(used):
+            return int(where.start) + int(used[-1]) + 1
+    return 0
 
 
 def _prefixes_packed(q: Whole, bits: int) -> Iterator[bytes]:
     """The lengths, then the coefficients of each block."""
-    lengths = _prefixes(q)
+    lengths = prefixes(q)
     yield lengths.astype("<u2").tobytes()
-    yield from integers_packed(q[_leading(lengths, q.shape[1])], bits)
-
-
-def _leading(lengths: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.bool_]:
-    """bool [L, size]: the first `lengths` of each row."""
-    return np.asarray(np.arange(size) < lengths[:, None])
+    yield from integers_packed(q[leading(lengths, q.shape[1])], bits)
 
 
 def prefix_bytes(coefficients: int, bits: int) -> int:
@@ -212,7 +214,7 @@ def _unpack_prefixes(reader: Reader, blocks: int, size: int, bits: int) -> Whole
     count = int(lengths.sum())
     values = unpack_integers(reader.take(packed_length(count, bits)), count, bits)
     q: Whole = np.zeros((blocks, size), dtype=narrowest(bits))
-    q[_leading(lengths, size)] = values
+    q[leading(lengths, size)] = values
     return q
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fedtune.algorithms.base import LocalWork, State
 from fedtune.config import RunConfig
-from fedtune.directions.base import F64, Bools
+from fedtune.directions.base import F64
 from fedtune.layout import BlockRule, Layout
 from fedtune.wire import Instruction, Status, Update
 
@@ -82,11 +82,6 @@ def allocate(norms: F64, sizes: I64, total: int, pool_size: int, rule: str) -> I
         left = total - int(counts.sum())
         open_blocks = (weights > 0) & (counts < caps)
     return counts
-
-
-def leading(counts: I64, pool_size: int) -> Bools:
-    """bool [L, K]: the first K_l seeds of the pool in each block, which all clients use where coordinates are shared."""
-    return np.asarray(np.arange(pool_size) < counts[:, None])
 
 
 def coordinates_update(

@@ -35,13 +35,13 @@ from fedtune.algorithms.coordinates import (
     allocate,
     block_rule,
     coordinates_update,
-    leading,
     mean_norms,
     most_coordinates,
     pool_size,
     shared_counts,
 )
 from fedtune.algorithms.first_order import descend
+from fedtune.coefficients import leading
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64
 from fedtune.errors import MalformedMessageError

@@ -37,12 +37,12 @@ from fedtune.algorithms.coordinates import (
     I64,
     block_rule,
     coordinates_update,
-    leading,
     most_coordinates,
     pool_size,
     shared_counts,
 )
 from fedtune.algorithms.first_order import backward, each_gradient, repeated
+from fedtune.coefficients import leading
 from fedtune.config import RunConfig
 from fedtune.directions.base import F64, Bools
 from fedtune.layout import Layout

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fedtune.algorithms import LocalWork
-from fedtune.algorithms.coordinates import allocate, leading
+from fedtune.algorithms.coordinates import allocate
 from fedtune.algorithms.subspace import BETAS, SUBSPACE, Gradients, Optimizer, aggregate, local_update
-from fedtune.coefficients import Coefficients, PoolCoefficients, quantise
+from fedtune.coefficients import Coefficients, PoolCoefficients, leading, quantise
 from fedtune.config import RunConfig
 from fedtune.data.batches import Batch, collate
 from fedtune.data.encode import Encoded
