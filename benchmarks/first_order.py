@@ -118,7 +118,7 @@ def _subspace(name: str, config: RunConfig, size: Size, conditions: str, options
             for _ in range(count):
                 found = gradients.take(1)
                 assert found is not None, "the loss is not finite"
-                moves.move(optimizer.step(found[1]))
+                moves.move(optimizer.step(found[1], found[0]))
 
     said = f"{conditions}, K = {config.K}, against SGD"
     return _against(name, ours, lambda: plain(count), count, size, said, SUBSPACE_TARGET, options)

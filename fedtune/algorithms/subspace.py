@@ -17,12 +17,13 @@ intrinsic dimension of fine-tuning (Aghajanyan et al., arXiv 2012.13255), federa
 FedSubMuon (arXiv 2609.06073). Ours: directions and grid that make the model of a round the same bits everywhere, coordinates
 divided over blocks by what moved, and a rate that is relative to the weights.
 
-The rate: lr is the norm of a block's step relative to the norm of its weights in the base model. It does not depend on K, d or
+The rate: lr is the norm of a block's step relative to the norm of its weights in the base model, as long as the loss is above 1. It does not depend on K, d or
 the model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -62,8 +63,11 @@ class Optimizer:
         momentum:  u <- local_momentum u + (1 - local_momentum) g / rms(g)
         adamw:     u = m / sqrt(v),  m and v running means of g and g^2 of each coordinate (0.9, 0.99), without bias
 
-    and  c <- c - lr rms(w_l) / sqrt(K_l) u.  Directions have norm sqrt(d_l) and hardly overlap, so that is a step of norm
-    lr ||w_l|| if the root mean square of u is 1, as it is with sgd: every batch moves every block as far.
+    and  c <- c - f lr rms(w_l) / sqrt(K_l) u.  Directions have norm sqrt(d_l) and hardly overlap, so that is a step of norm
+    f lr ||w_l|| if the root mean square of u is 1, as it is with sgd: every batch moves every block as far.
+
+    f = min(1, sqrt(loss)), the loss in nats a token: of a quadratic it is the distance to the minimum, so a step stays a part of
+    what is left. Without it a client with one kind of answer goes on at full length when it knows its rows, and collapses.
 
     Args:
         scales: float64 [L], root mean square of each block's weights.
@@ -77,11 +81,17 @@ class Optimizer:
         self.coordinates = self._mean = self._square = np.zeros((len(counts), 1))  # [L, K] from the first step on
         self._steps = 0
 
-    def step(self, gradient: F64) -> F64:
-        """float64 [L, K]: the coordinates after a step along `gradient` (float64 [L, K]), which is zero where not wanted."""
+    def step(self, gradient: F64, loss: float) -> F64:
+        """float64 [L, K]: the coordinates after a step.
+
+        Args:
+            gradient: float64 [L, K], of the coordinates, zero where not wanted.
+            loss: mean loss a token of the batch that it is of, in nats.
+        """
         self._steps += 1
         moves = {"sgd": self._normalised, "momentum": self._momentum, "adamw": self._adamw}
-        self.coordinates = self.coordinates - self.rates * moves[self.rule](gradient)
+        near = min(1.0, math.sqrt(max(loss, 0.0)))
+        self.coordinates = self.coordinates - near * self.rates * moves[self.rule](gradient)
         return self.coordinates
 
     def _normalised(self, gradient: F64) -> F64:
@@ -166,8 +176,9 @@ def local_update(work: LocalWork, config: RunConfig, instruction: Instruction) -
             found = gradients.take(config.accumulate)
             if found is None:
                 return None
-            moves.move(optimizer.step(found[1]))
-            return found[0]
+            loss, gradient = found
+            moves.move(optimizer.step(gradient, loss))
+            return loss
 
         losses, finite = repeated(work, config, take)
     coordinates = optimizer.coordinates if finite else np.zeros(wanted.shape)

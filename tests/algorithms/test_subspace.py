@@ -145,7 +145,7 @@ def test_adamw_is_that_of_torch_with_a_rate_for_each_block() -> None:
     ]
     for step in range(6):
         gradient = np.where(wanted, np.cos(np.arange(6).reshape(2, 3) + step), 0.0)
-        found = own.step(gradient)
+        found = own.step(gradient, 2.0)
         for row, c, optimizer, n in zip(gradient, theirs, optimizers, number, strict=True):
             c.grad = torch.from_numpy(row[:n].copy())
             optimizer.step()
@@ -159,17 +159,25 @@ def test_sgd_and_momentum_take_the_direction_of_each_gradient_and_not_its_length
     first, second = np.array([[3.0, 4.0]]), np.array([[-1.0, 1.0]])
     one, other = first / math.sqrt(12.5), second
     plain = Optimizer(config(optimizer="sgd"), scales, number)
-    np.testing.assert_allclose(plain.step(first), -rate * one)
-    np.testing.assert_allclose(plain.step(1e6 * second), -rate * (one + other))
+    np.testing.assert_allclose(plain.step(first, 2.0), -rate * one)
+    np.testing.assert_allclose(plain.step(1e6 * second, 1.0), -rate * (one + other))
     slow = Optimizer(config(optimizer="momentum", local_momentum=0.5), scales, number)
-    np.testing.assert_allclose(slow.step(first), -rate * one)
-    np.testing.assert_allclose(slow.step(second), -rate * (one + (0.25 * one + 0.5 * other) / 0.75))
+    np.testing.assert_allclose(slow.step(first, 2.0), -rate * one)
+    np.testing.assert_allclose(slow.step(second, 2.0), -rate * (one + (0.25 * one + 0.5 * other) / 0.75))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize(("loss", "part"), [(9.0, 1.0), (1.0, 1.0), (0.25, 0.5), (0.01, 0.1), (0.0, 0.0), (-1e-9, 0.0)])
+def test_steps_are_shorter_where_little_loss_is_left(optimizer: str, loss: float, part: float) -> None:
+    number, gradient = np.array([2]), np.array([[3.0, 4.0]])
+    near, far = (Optimizer(config(optimizer=optimizer), np.array([1.0]), number).step(gradient, given) for given in (loss, 2.0))
+    np.testing.assert_allclose(near, part * far)
 
 
 def test_a_block_without_a_gradient_stays() -> None:
     number = np.array([2, 0])
     own = Optimizer(config(), np.array([1.0, 1.0]), number)
-    assert not own.step(np.zeros((2, 2))).any()
+    assert not own.step(np.zeros((2, 2)), 2.0).any()
 
 
 @pytest.mark.parametrize("total", [24, 300])
