@@ -17,13 +17,12 @@ intrinsic dimension of fine-tuning (Aghajanyan et al., arXiv 2012.13255), federa
 FedSubMuon (arXiv 2609.06073). Ours: directions and grid that make the model of a round the same bits everywhere, coordinates
 divided over blocks by what moved, and a rate that is relative to the weights.
 
-The rate: lr is the norm of a block's step relative to the norm of its weights in the base model, as long as the loss is above 1. It does not depend on K, d or
-the model.
+The rate: lr is the norm of a block's step relative to the norm of its weights in the base model, as long as the loss is above 1
+nat a token. It does not depend on K, d or the model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -66,8 +65,8 @@ class Optimizer:
     and  c <- c - f lr rms(w_l) / sqrt(K_l) u.  Directions have norm sqrt(d_l) and hardly overlap, so that is a step of norm
     f lr ||w_l|| if the root mean square of u is 1, as it is with sgd: every batch moves every block as far.
 
-    f = min(1, sqrt(loss)), the loss in nats a token: of a quadratic it is the distance to the minimum, so a step stays a part of
-    what is left. Without it a client with one kind of answer goes on at full length when it knows its rows, and collapses.
+    f = min(1, loss), in nats a token: like a step of Polyak's rule (loss / ||g||^2 times g; Loizou et al., arXiv 2002.10542) its
+    length falls with the loss. Without it a client with one kind of answer goes on at full length when it knows its rows, and collapses.
 
     Args:
         scales: float64 [L], root mean square of each block's weights.
@@ -90,7 +89,7 @@ class Optimizer:
         """
         self._steps += 1
         moves = {"sgd": self._normalised, "momentum": self._momentum, "adamw": self._adamw}
-        near = min(1.0, math.sqrt(max(loss, 0.0)))
+        near = min(1.0, max(loss, 0.0))
         self.coordinates = self.coordinates - near * self.rates * moves[self.rule](gradient)
         return self.coordinates
 
