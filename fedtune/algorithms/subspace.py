@@ -65,8 +65,8 @@ class Optimizer:
     and  c <- c - f lr rms(w_l) / sqrt(K_l) u.  Directions have norm sqrt(d_l) and hardly overlap, so that is a step of norm
     f lr ||w_l|| if the root mean square of u is 1, as it is with sgd: every batch moves every block as far.
 
-    f = min(1, loss), in nats a token: like a step of Polyak's rule (loss / ||g||^2 times g; Loizou et al., arXiv 2002.10542) its
-    length falls with the loss. Without it a client with one kind of answer goes on at full length when it knows its rows, and collapses.
+    f = min(1, loss), in nats a token: steps become shorter as the loss falls, as with Polyak's rule (Loizou et al., arXiv
+    2002.10542). A client that knows its rows would go on at full length: with one kind of answer, until it gives no other.
 
     Args:
         scales: float64 [L], root mean square of each block's weights.
