@@ -93,7 +93,7 @@ def encode(delta: Delta) -> bytes:
     if too_large(lengths, delta.size, bits):
         raise MalformedDeltaError(
             f"{len(delta.pools)} pools of {len(delta.block_sizes)} blocks and {delta.size} seeds are more than a delta holds: "
-            "export the weights (--format model)."
+            "export the weights (--format hf)."
         )
     tensors = declared(lengths, delta.size, bits)
     header = {"__metadata__": _metadata(delta, bits), **tensors}
@@ -102,7 +102,7 @@ def encode(delta: Delta) -> bytes:
     exponents = np.array([pool.exponents for pool in delta.pools], "<i1")
     used = (piece for row, length in zip(_rows(delta), lengths.reshape(-1), strict=True) for piece in pieces(row[:length]))
     start = [len(text).to_bytes(8, "little"), text, lengths.astype(length_type(delta.size)).tobytes(), exponents.tobytes()]
-    return joined(chain(start, in_order(used, bits)))
+    return joined(chain(start, _in_order(used, bits)))
 
 
 def _rows(delta: Delta) -> Iterator[Whole]:
@@ -110,7 +110,7 @@ def _rows(delta: Delta) -> Iterator[Whole]:
     return (row for pool in delta.pools for row in pool.q)
 
 
-def in_order(parts: Iterator[Whole], bits: int) -> Iterator[bytes]:
+def _in_order(parts: Iterator[Whole], bits: int) -> Iterator[bytes]:
     """Whole numbers of many arrays [n], packed one after the other without a gap."""
     rest: list[Whole] = []
     waiting = 0

@@ -207,9 +207,10 @@ class _Fields:
     def check_format(self) -> None:
         version = self._metadata.get("version")
         if version != str(VERSION):
+            wrote = ascii(self._metadata.get("fedtune"))[:20]
             raise DeltaMismatchError(
-                f"{self._name} has format {ascii(version)[:20]}, this program reads '{VERSION}': install the fedtune that "
-                f"wrote it ({ascii(self._metadata.get('fedtune'))[:20]}) or a newer one.",
+                f"{self._name} has format {ascii(version)[:20]}, this program reads '{VERSION}': export the run again "
+                f"with this program, or use the fedtune that wrote it ({wrote}).",
                 version=version,
             )
         wrong = sorted(set(self._metadata) ^ set(KEYS))

@@ -121,6 +121,12 @@ def test_pools_that_a_delta_cannot_name_are_refused() -> None:
         encode(tiny(family="torch", numbers=(0,), pools=(pool,)))
 
 
+def test_what_no_reader_would_take_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.delta.MOST_COEFFICIENTS", 15)
+    with pytest.raises(MalformedDeltaError, match=r"2 pools of 2 blocks and 4 seeds .* \(--format hf\)"):
+        encode(tiny())
+
+
 # ---------------------------------------------------------------------------------------------------- hostile files
 
 
@@ -225,7 +231,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], type[DeltaError], str]] = {
     "a key twice": (twins, MalformedDeltaError, "a key is there twice"),
     "a model": (plain_model, MalformedDeltaError, "not a delta of fedtune"),
     "format is a list": (lambda: said("format", []), MalformedDeltaError, "not a delta of fedtune"),
-    "other version": (lambda: said("version", "1"), DeltaMismatchError, "has format '1', this program reads '2': install"),
+    "other version": (lambda: said("version", "1"), DeltaMismatchError, "has format '1', this program reads '2': export"),
     "extra tensor": (extra, MalformedDeltaError, r"tensors that a delta does not have \('weights'\)"),
     "extra field": (lambda: said("note", "hello"), MalformedDeltaError, r"a field too many or too few \('note'\)"),
     "missing field": (lambda: without("layout"), MalformedDeltaError, r"a field too many or too few \('layout'\)"),
