@@ -9,6 +9,7 @@ Unset is "" for text and 0 for numbers, since Flower's run config has no null.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -263,7 +264,7 @@ class RunConfig(BaseModel):
         """Read a preset (TOML, flat) and apply `overrides`; relative paths stay relative to the working directory."""
         values = toml.read(Path(path), "preset")
         if "arms" in values:
-            raise ConfigError(f"'{path}' compares several algorithms: run it with `fedtune compare {path}`.")
+            raise ConfigError(f"'{path}' compares several algorithms: run it with `fedtune compare {shlex.quote(str(path))}`.")
         return cls.from_mapping({**values, **(overrides or {})})
 
     @model_validator(mode="wrap")

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -114,7 +115,7 @@ def send(folder: RunFolder, order: Order) -> None:
     if order.command is not Command.DROP and not is_live(folder.path):
         raise ControlError(
             f"Nobody carries on the run in '{folder.path}', so there is nothing to {order.command}: "
-            f"`fedtune simulate --resume {folder.path}` would carry it on."
+            f"`fedtune simulate --resume {shlex.quote(str(folder.path))}` would carry it on."
         )
     order.checked()
     target = folder.path / CONTROL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -64,7 +65,7 @@ def export(
         done = write(folder, Path(out), BEST if best else FINAL, Base(model, revision, trust_remote_code), base)
     use = {
         Format.hf: f'AutoModelForCausalLM.from_pretrained("{done.path}") loads it.',
-        Format.delta: f"`fedtune apply BASE {done.path} --out DIR` makes the model of it.",
+        Format.delta: f"`fedtune apply BASE {shlex.quote(str(done.path))} --out DIR` makes the model of it.",
     }
     for line in (
         f"'{done.path}': {done.what}, {in_bytes(done.bytes)}, digest {done.digest}",

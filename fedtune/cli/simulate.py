@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import StrEnum
@@ -156,7 +157,7 @@ def run_watched(config: RunConfig, run: Callable[[RunConfig], Summary], *, quiet
             done = sum(row.round > 0 for row in view.rows)
             kept = (
                 f"after {done} of {config.rounds} rounds; model and metrics are in '{config.out}', and "
-                f"`fedtune simulate --resume {config.out}` carries it on"
+                f"`fedtune simulate --resume {shlex.quote(config.out)}` carries it on"
                 if view.rows
                 else "before the first round"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -110,6 +111,9 @@ def test_the_best_round_and_what_is_in_the_way(
 ) -> None:
     run = runs("fedkseed")
     assert fedtune("export", str(run.path), "--format", "delta", "--best", "--out", "best.safetensors").code == 0
+    awkward = fedtune("export", str(run.path), "--format", "delta", "--out", "my delta's.safetensors")
+    command = next(line.split("`")[1] for line in awkward.out.splitlines() if "`" in line)
+    assert shlex.split(command) == ["fedtune", "apply", "BASE", "my delta's.safetensors", "--out", "DIR"]
     assert read(tmp_path / "best.safetensors").round == run.summary()["best_round"]
     again = fedtune("export", str(run.path), "--format", "delta", "--out", "best.safetensors")
     assert "'best.safetensors' exists already" in again.err
