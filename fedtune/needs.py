@@ -13,6 +13,7 @@ from fedtune import wire
 from fedtune.algorithms import ALGORITHMS, Algorithm, State
 from fedtune.algorithms.base import pool_number
 from fedtune.algorithms.first_order import gathers
+from fedtune.algorithms.subspace import HELD
 from fedtune.beside import LARGE
 from fedtune.coefficients import Coefficients, PoolCoefficients, leading
 from fedtune.config import RunConfig
@@ -39,7 +40,8 @@ class Memory:
         weights: the live weights.
         scratch: perturbed weights, of the largest module or of a small model as a whole (FedKSeed).
         logits: float32 logits of the longest batch, the largest tensor of a forward pass.
-        gradients: the largest one, or one for each weight with `accumulate` or `clip_norm`, or where they are few (Ferret).
+        gradients: the largest one, or one for each weight with `accumulate` or `clip_norm`, or where they are few (Ferret);
+            the largest and those held to be projected together (subspace).
         optimizer: state of momentum or adamw, float32; subspace: coordinates and all that is kept of them, float64.
         master: the float32 copy of 16-bit weights, with `update_rounding = master`.
         saved: activations that the backward pass over the longest batch needs, logits included (Ferret).
@@ -190,16 +192,16 @@ def _memory(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbat
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     logits, saved = _activations(model, longest)
     algorithm, of_coordinates = ALGORITHMS[config.algorithm], 0
-    one_by_one = not gathers(config, sum(sizes))
+    gradients = sum(sizes) if gathers(config, sum(sizes)) else max(sizes)
     if config.algorithm == "subspace":
         pool = algorithm.pool(config, layout, 0)
         of_coordinates = KEPT_OF_COORDINATES * FLOAT64 * layout.blocks * pool.size
-        one_by_one = not make_family(pool, layout).whole
+        gradients = sum(sizes) if make_family(pool, layout).whole else min(sum(sizes), max(sizes) + HELD)
     return Memory(
         weights=weights,
         scratch=perturbation.scratch_bytes,
         logits=logits,
-        gradients=max(sizes) if one_by_one else sum(sizes),
+        gradients=gradients,
         optimizer=of_coordinates or STATES[config.optimizer] * FLOAT32 * layout.numel,
         master=FLOAT32 * layout.numel if config.update_rounding == "master" else 0,
         saved=saved,

@@ -155,9 +155,12 @@ class Replica:
             directions.combine(source.tensors, [weight.data for weight in self.weights], total)
             return
         combination = Combination([(directions, total)])
-        for index in range(len(self.weights)):
+
+        def write(index: int) -> None:
             self.perturbation.live.write(index, partial(combination.write, index, source.tensors[index]))
             source.release(index)
+
+        combination.over(self.weights, write)
 
     def _from_where(self) -> tuple[AtRest, Directions, F32]:
         """What all but the open pool makes; the open pool's directions and coefficients."""
@@ -220,11 +223,14 @@ class Replica:
                 origin = list(targets)
             return
         combination = Combination(self._pairs(pools))
-        for index, tensor in enumerate(targets):
-            combination.write(index, origin[index], tensor)
+
+        def write(index: int) -> None:
+            combination.write(index, origin[index], targets[index])
             for stored in (source, target):
                 if stored is not None:
                     stored.release(index)
+
+        combination.over(targets, write)
 
     def _pairs(self, pools: Sequence[PoolCoefficients]) -> list[tuple[Directions, F32]]:
         return [(self.directions(pool.pool), pool.values) for pool in pools]

@@ -50,6 +50,7 @@ from fedtune.wire import Instruction, Kind, Update
 
 BETAS = (0.9, 0.99)  # of adamw: a round has tens of steps, and begins afresh
 LEAST_SCALE = 1e-3  # a block's weights count as at least so large in the root mean square: biases begin at zero
+HELD = 64 << 20  # bytes of gradients that are projected at once
 TINY = 1e-30  # keeps a block without any gradient from dividing by zero
 
 
@@ -109,7 +110,9 @@ class Optimizer:
 
 
 class Gradients:
-    """The gradient of a loss in coordinates; that of the weights is projected tensor by tensor and freed in the backward pass.
+    """The gradient of a loss in coordinates; that of the weights is projected and freed in the backward pass.
+
+    With several threads on the CPU gradients are held until there are HELD bytes of them, which are projected side by side.
 
     >>> with Gradients(work, wanted) as gradients:  # doctest: +SKIP
     ...     loss, found = gradients.take(1)
@@ -119,6 +122,8 @@ class Gradients:
         self.work, self.wanted = work, wanted
         self._whole = work.directions.family.whole
         self._rows: list[F64] = []
+        self._held: dict[int, Tensor] = {}
+        self._bytes = 0
         self._gradients = each_gradient(work.weights, None if self._whole else self._arrived)
 
     def __enter__(self) -> Self:
@@ -132,16 +137,33 @@ class Gradients:
         """(mean loss, float64 [L, K]) over so many batches; None if it is not finite."""
         self._rows = [np.zeros(self.wanted.shape[1]) for _ in self.work.weights]
         loss = backward(self.work, batches)
+        self._project()
         if loss is None:
             return None
         gradient = self._at_once() if self._whole else self._summed()
         return (loss, gradient) if np.isfinite(gradient).all() else None
 
     def _arrived(self, index: int, gradient: Tensor) -> None:
-        directions = self.work.directions
-        wanted = self.wanted[directions.layout.entries[index].block]
-        if wanted.any():
-            directions.accumulate(self._rows[index], index, gradient, wanted)
+        if not self.wanted[self.work.directions.layout.entries[index].block].any():
+            return
+        if index in self._held:  # of the batch before
+            self._project()
+        self._held[index] = gradient
+        self._bytes += gradient.numel() * gradient.element_size()
+        if self._bytes >= HELD or torch.get_num_threads() == 1 or not gradient.is_cpu:
+            self._project()
+
+    def _project(self) -> None:
+        """Those held, each into its own row, whose order of sums depends on the tensor alone."""
+        held, self._held, self._bytes = self._held, {}, 0
+        directions, indices = self.work.directions, list(held)
+
+        def accumulate(number: int) -> None:
+            index = indices[number]
+            wanted = self.wanted[directions.layout.entries[index].block]
+            directions.accumulate(self._rows[index], index, held[index], wanted)
+
+        directions.over([held[index] for index in indices], accumulate)
 
     def _summed(self) -> F64:
         """The tensors of a block in the order of the layout, not of arrival."""

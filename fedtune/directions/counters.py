@@ -16,7 +16,7 @@ RADEMACHER = 3  # block = position // 128, word 2 = k
 GAUSSIAN = 4  # block = position // 4, word 2 = k; also the vectors of lowrank
 LEFT = 5  # lowrank, as GAUSSIAN: factor a_j of a matrix [out, in] at origin o has positions o + j * out + (0 .. out - 1)
 RIGHT = 6  # lowrank, as GAUSSIAN: factor b_j has positions o + j * in + (0 .. in - 1)
-ROUNDING = 7  # not of directions: stochastic rounding of weights, block = position // 4, word 2 = number of the rounding
+ROUNDING = 7  # not of directions: stochastic rounding of weights, block = position // 8, word 2 = number of the rounding
 
 SMALLEST_TILE = 12
 """log2 of the tile of a pool with at most 4096 seeds."""

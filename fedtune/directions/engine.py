@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedtune.directions.backends import Backend, Move
-from fedtune.directions.base import F32, F64, Bools, Pool, make_family
+from fedtune.directions.base import F32, F64, Bools, Family, Pool, make_family
 from fedtune.directions.choice import choose_kernels, make_backend
-from fedtune.directions.host import PIECE, as_array, is_direct
+from fedtune.directions.host import as_array, is_direct
+from fedtune.directions.threads import PIECE, each_tensor
 from fedtune.errors import DirectionsError
 from fedtune.layout import Entry, Layout
 from fedtune.pieces import all_finite
@@ -97,8 +98,7 @@ class Directions:
             self._combine_seed_by_seed(base, out, coefficients)
             return
         combination = Combination([(self, coefficients)])
-        for index in range(len(self.layout.entries)):
-            combination.write(index, base[index], out[index])
+        combination.over(out, lambda index: combination.write(index, base[index], out[index]))
 
     def project(self, deltas: Iterable[tuple[int, Tensor]], wanted: Bools | None = None) -> F64:
         """float64 [L, K]: sum over the tensors of block l of <z_k, delta>, zero where not `wanted` (bool [L, K]; None: all).
@@ -123,6 +123,10 @@ class Directions:
         entry = self.layout.entries[index]
         _check(entry, delta)
         self._backend(delta).project(sums, delta, entry.origin, wanted)
+
+    def over(self, tensors: Sequence[Tensor], work: Callable[[int], object]) -> None:
+        """work(number) for every one of the tensors, each on its own: on the CPU small ones side by side in threads."""
+        _over([self.family], tensors, work)
 
     # ------------------------------------------------------------------ one tensor
 
@@ -204,6 +208,10 @@ class Combination:
             directions._check_coefficients(coefficients)
         self._steps = [(directions, np.ascontiguousarray(coefficients)) for directions, coefficients in steps]
 
+    def over(self, out: Sequence[Tensor], work: Callable[[int], object]) -> None:
+        """work(index), which writes out[index], for every tensor, as `Directions.over`."""
+        _over([directions.family for directions, _ in self._steps], out, work)
+
     def write(self, index: int, base: Tensor, out: Tensor) -> None:
         """out = round(float32(base) + sum_k C1[block, k] z1_k + ...) for tensor `index`; base may be out.
 
@@ -224,6 +232,15 @@ class Combination:
             entry = directions.layout.entries[index]
             directions._backend(source, target).combine(target, source, entry.origin, rows[entry.block])
             source = target
+
+
+def _over(families: Sequence[Family], tensors: Sequence[Tensor], work: Callable[[int], object]) -> None:
+    own_threads = any(family.shaped for family in families)  # of their matrix products
+    if all(tensor.is_cpu for tensor in tensors) and not own_threads:
+        each_tensor(work, [tensor.numel() for tensor in tensors])
+        return
+    for number in range(len(tensors)):
+        work(number)
 
 
 def _check(entry: Entry, *tensors: Tensor) -> None:

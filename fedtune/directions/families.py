@@ -24,6 +24,7 @@ class Hadamard(Family):
     name = "hadamard"
     exact = True
     fast_combine = True
+    takes_bits = True
 
     def __init__(self, pool: Pool, layout: Layout) -> None:
         super().__init__(pool, layout)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fedtune.directions.backends import Move
 from fedtune.directions.base import F32, F64, Bools
-from fedtune.directions.host import PIECE, HostBackend, Run, as_array, is_direct
-from fedtune.directions.threads import ordered_map
+from fedtune.directions.host import HostBackend, Run, as_array, is_direct
+from fedtune.directions.threads import PIECE, ordered_map
 from fedtune.layout import ALIGN
 
 ROW_PIECE = 64 * ALIGN  # elements of a piece of whole rows: 16 MB, so that making factors costs little beside products

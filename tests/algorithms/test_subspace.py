@@ -118,7 +118,10 @@ def test_the_gradient_is_that_of_the_weights_on_each_direction(replica: Replica,
     np.testing.assert_allclose(found[1], np.where(wanted, expected, 0.0), atol=1e-4 * np.abs(expected).max())
 
 
-def test_micro_batches_are_averaged(replica: Replica) -> None:
+@pytest.mark.parametrize("threads", [1, 2])  # with two, gradients of a batch are held until the next brings the same tensor
+def test_micro_batches_are_averaged(replica: Replica, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
     def take(work: LocalWork, number: int) -> tuple[float, F64]:
         with Gradients(work, np.ones((replica.layout.blocks, SIZE), dtype=np.bool_)) as gradients:
             found = gradients.take(number)

@@ -31,7 +31,7 @@ def error_and_length(found: Tensor, goal: Tensor) -> tuple[float, float]:
     ("dtype", "rule", "error", "short"),
     [
         ("bfloat16", "nearest", 0.4, 0.1),
-        ("bfloat16", "stochastic", 0.6, 0.005),
+        ("bfloat16", "stochastic", 0.6, 0.012),
         ("bfloat16", "master", 1e-4, 1e-5),
         ("float16", "nearest", 0.12, 0.02),
         ("float16", "stochastic", 0.18, 0.002),
@@ -39,7 +39,8 @@ def error_and_length(found: Tensor, goal: Tensor) -> tuple[float, float]:
     ],
 )
 def test_fedkseed_steps(dtype: str, rule: str, error: float, short: float) -> None:
-    """Measured: error 0.26, 0.48, 2e-5 (bfloat16), 0.08, 0.12, 2e-5 (float16); short by 4 %, 0.03 %, 0 and 0.5 %, 0, 0.
+    """Measured: error 0.26, 0.48, 2e-5 (bfloat16), 0.08, 0.12, 2e-5 (float16); short by 4 %, 0.1 %, 0 and 0.5 %, 0, 0.
+    The second is the mean over 12 keys, between which it varies by 0.3 %.
 
     `nearest` has the smaller error and is short of the goal; `stochastic` has more noise and no bias.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from fedtune.directions import Directions, Pool
-from fedtune.directions.host import CHUNK, PIECE
+from fedtune.directions.host import CHUNK
+from fedtune.directions.threads import PIECE, each_tensor, ordered_map
 from fedtune.errors import DirectionsError
 from fedtune.layout import Layout
 
@@ -42,6 +44,36 @@ def test_the_number_of_threads_changes_no_bit(large: Directions, threads: Callab
     for weights, sums in results[1:]:
         assert torch.equal(weights, results[0][0])
         assert np.array_equal(sums, results[0][1])
+
+
+def test_many_tensors_side_by_side_are_those_in_turn(threads: Callable[[int], None]) -> None:
+    shapes = [("large", (LARGE,))] + [(f"t{number}", (PIECE // 3 + number, 2)) for number in range(7)]
+    directions = Directions(Layout.from_shapes(shapes), Pool("hadamard", 4, K))
+    base = [torch.linspace(-1, 1, math.prod(shape)).view(shape) for _, shape in shapes]
+    results = []
+    for count in (1, 3):
+        threads(count)
+        out = [torch.empty_like(tensor) for tensor in base]
+        directions.combine(base, out, COEFFICIENTS)
+        sums = np.zeros((len(shapes), K))
+        directions.over(out, lambda index, sums=sums, out=out: directions.accumulate(sums[index], index, out[index], None))
+        results.append((out, sums))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(one, other)
+    assert np.array_equal(results[0][1], results[1][1])
+    assert results[0][1].all()
+
+
+def test_an_error_in_one_of_many_tensors_arrives(threads: Callable[[int], None]) -> None:
+    threads(2)
+
+    def fail(index: int) -> None:
+        if index == 3:
+            raise DirectionsError("of tensor 3")
+
+    with pytest.raises(DirectionsError, match="of tensor 3"):
+        each_tensor(fail, [PIECE] * 5)
+    assert list(ordered_map(abs, [-1, -2])) == [1, 2]  # threads are free again
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

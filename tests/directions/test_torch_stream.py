@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedtune.directions import Directions, Pool, make_family
-from fedtune.directions.host import PIECE
+from fedtune.directions.threads import PIECE
 from fedtune.directions.torch_stream import candidate_seeds, truncated_normal
 from fedtune.errors import DirectionsError
 from fedtune.layout import Layout

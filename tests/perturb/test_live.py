@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fedtune.directions import Directions, Pool
-from fedtune.directions.host import PIECE
+from fedtune.directions.threads import PIECE
 from fedtune.layout import Layout
 from fedtune.perturb import LiveWeights, Perturbation, live
 from tests.perturb.test_perturb import Nested, build, loss_of

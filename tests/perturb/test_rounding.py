@@ -22,7 +22,7 @@ def rounded(wide: torch.Tensor, dtype: torch.dtype, draw: int = 0, p0: int = 0, 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_value_goes_to_one_of_its_neighbours_and_to_itself_if_it_has_a_place(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    wide = torch.cat([torch.randn(4000), torch.randn(500) * 1e-7, torch.randn(500) * 1e3, torch.zeros(3)])
+    wide = torch.cat([torch.randn(9000), torch.randn(500) * 1e-7, torch.randn(500) * 1e3, torch.zeros(3)])
     found = rounded(wide, dtype).float()
     step = torch.where(wide == 0, 0.0, 2.0 ** (wide.abs().log2().floor() - (7 if dtype == torch.bfloat16 else 10)))
     least = 2.0**-24 if dtype == torch.float16 else 0.0  # the spacing of subnormal numbers
@@ -52,11 +52,22 @@ def test_numbers_at_the_end_of_the_range_stay(dtype: torch.dtype) -> None:
     assert found[2].isnan()
 
 
+@pytest.mark.parametrize("p0", [0, 3, 8, 4093])
+def test_compiled_and_by_torch_operations_it_is_the_same(monkeypatch: pytest.MonkeyPatch, p0: int) -> None:
+    largest = torch.finfo(torch.bfloat16).max
+    ends = torch.tensor([math.inf, -math.inf, largest, largest * 1.003, -largest * 1.001, 0.0, -0.0, 1e-41, -3e-39])
+    wide = torch.cat([torch.randn(10_000), torch.randn(3000) * 1e-38, ends])
+    compiled = rounded(wide, torch.bfloat16, draw=2, p0=p0)
+    monkeypatch.setattr(rounding, "is_bfloat16", lambda tensor: False)
+    assert torch.equal(compiled, rounded(wide, torch.bfloat16, draw=2, p0=p0))
+
+
 def test_the_cut_and_the_strides_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = torch.randn(37, 41)
     whole = rounded(wide, torch.bfloat16, draw=3, p0=6)
     monkeypatch.setattr(rounding, "CHUNK", 10)
-    assert torch.equal(rounded(wide, torch.bfloat16, draw=3, p0=6), whole)
+    monkeypatch.setattr(rounding, "is_bfloat16", lambda tensor: False)
+    assert torch.equal(rounded(wide, torch.bfloat16, draw=3, p0=6), whole)  # by torch operations, as on other devices
     strided = torch.empty(41, 37, dtype=torch.bfloat16).T
     round_stochastically(strided, wide, 6, 3, 11)
     assert torch.equal(strided, whole)

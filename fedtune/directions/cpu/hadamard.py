@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.directions.counters import COLUMNS, SIGNS
+from fedtune.directions.cpu.bfloat16 import as_floats, floats_of, put_floats
 from fedtune.directions.cpu.compiled import kernel
 from fedtune.directions.cpu.permute import permute16
 from fedtune.directions.cpu.philox import SCRATCH, random_words
@@ -26,8 +27,9 @@ MASKS = np.array([0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000], d
 
 @kernel
 def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
-    """out[i] = base[i] + c * z_k[p0 + i], from sign bits alone."""
+    """out[i] = base[i] + c * z_k[p0 + i], from sign bits alone; both float32, or both the bits of bfloat16 numbers."""
     n = 1 << tile[2]
+    wide = np.empty(n, np.float32)
     column = np.empty(1, np.uint16)
     words = np.empty(SCRATCH * (min(n, out.shape[0] + 254) >> 7), np.uint32)
     table = signed_bytes(np.float32(c), out.shape[0])
@@ -35,19 +37,20 @@ def add(out: Any, base: Any, p0: int, k: int, c: Any, tile: Any) -> None:
     while done < out.shape[0]:
         p = p0 + done
         size = min(n - (p & (n - 1)), out.shape[0] - done)
-        run = out[done : done + size]
         columns_of(column, k, p >> tile[2], tile, tile[2])
         signs = _signs(words, p, size, tile)
         _column_signs(signs, p >> 7 << 2 & ((n >> 5) - 1), np.uint32(column[0]))
-        add_signs(run, base[done : done + size], signs, p & 127, np.float32(c), table)
+        target = floats_of(wide, out[done : done + size])
+        add_signs(target, as_floats(wide, base[done : done + size]), signs, p & 127, np.float32(c), table)
+        put_floats(out[done : done + size], target)
         done += size
 
 
 @kernel
 def combine(out: Any, base: Any, p0: int, coefficients: Any, tile: Any) -> None:
-    """out[i] = base[i] + sum_k coefficients[k] * z_k[p0 + i]."""
+    """out[i] = base[i] + sum_k coefficients[k] * z_k[p0 + i]; both float32, or both the bits of bfloat16 numbers."""
     n = 1 << tile[2]
-    sums = np.empty(n, np.float32)
+    sums, wide = np.empty(n, np.float32), np.empty(n, np.float32)
     words = np.empty(SCRATCH * (n >> 7), np.uint32)
     columns = np.empty(coefficients.shape[0], np.uint16)
     done = 0
@@ -60,16 +63,21 @@ def combine(out: Any, base: Any, p0: int, coefficients: Any, tile: Any) -> None:
         columns_of(columns, 0, p >> tile[2], tile, bits)
         _scatter(folded, columns, coefficients, bits < tile[2])
         walsh_hadamard(folded)
-        run = out[done : done + size]
-        add_flipped(run, base[done : done + size], folded[start : start + size], _signs(words, p, size, tile), p & 127)
+        run = as_floats(wide, base[done : done + size])
+        target = floats_of(wide, out[done : done + size])
+        add_flipped(target, run, folded[start : start + size], _signs(words, p, size, tile), p & 127)
+        put_floats(out[done : done + size], target)
         done += size
 
 
 @kernel
 def project(sums: Any, delta: Any, p0: int, tile: Any) -> None:
-    """sums float64 [K] += sum_i delta[i] * z_k[p0 + i]; float32 within a tile, float64 over tiles, in order of position."""
+    """sums float64 [K] += sum_i delta[i] * z_k[p0 + i]; float32 within a tile, float64 over tiles, in order of position.
+
+    delta is float32, or the bits of bfloat16 numbers.
+    """
     n = 1 << tile[2]
-    values = np.empty(n, np.float32)
+    values, wide = np.empty(n, np.float32), np.empty(n, np.float32)
     words = np.empty(SCRATCH * (n >> 7), np.uint32)
     columns = np.empty(sums.shape[0], np.uint16)
     done = 0
@@ -80,7 +88,8 @@ def project(sums: Any, delta: Any, p0: int, tile: Any) -> None:
         bits = _width(start + size)
         width = 1 << bits
         values[:start] = np.float32(0.0)
-        copy_flipped(values[start : start + size], delta[done : done + size], _signs(words, p, size, tile), p & 127)
+        run = as_floats(wide, delta[done : done + size])
+        copy_flipped(values[start : start + size], run, _signs(words, p, size, tile), p & 127)
         values[start + size : width] = np.float32(0.0)
         walsh_hadamard(values[:width])
         columns_of(columns, 0, p >> tile[2], tile, bits)
