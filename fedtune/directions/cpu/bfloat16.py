@@ -1,4 +1,4 @@
-"""bfloat16 numbers, as uint16 of their bits, to float32 and back: the upper half of a float32 is a bfloat16.
+"""Numbers in bfloat16, as uint16 of their bits, to float32 and back: the upper half of a float32 is a bfloat16.
 
 torch converts as well, but starts threads of its own for runs of this size, inside threads that work on pieces already.
 """
