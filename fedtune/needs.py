@@ -13,7 +13,7 @@ from fedtune import wire
 from fedtune.algorithms import ALGORITHMS, Algorithm, State
 from fedtune.algorithms.base import pool_number
 from fedtune.algorithms.first_order import gathers
-from fedtune.algorithms.subspace import HELD
+from fedtune.algorithms.subspace import held_bytes
 from fedtune.beside import LARGE
 from fedtune.coefficients import Coefficients, PoolCoefficients, leading
 from fedtune.config import RunConfig
@@ -196,7 +196,8 @@ def _memory(config: RunConfig, model: torch.nn.Module, layout: Layout, perturbat
     if config.algorithm == "subspace":
         pool = algorithm.pool(config, layout, 0)
         of_coordinates = KEPT_OF_COORDINATES * FLOAT64 * layout.blocks * pool.size
-        gradients = sum(sizes) if make_family(pool, layout).whole else min(sum(sizes), max(sizes) + HELD)
+        held = held_bytes(next(model.parameters()).device)
+        gradients = sum(sizes) if make_family(pool, layout).whole else min(sum(sizes), max(sizes) + held)
     return Memory(
         weights=weights,
         scratch=perturbation.scratch_bytes,

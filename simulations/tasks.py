@@ -21,8 +21,13 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-Row = dict[str, str]
+from fedtune.data.files import read_rows
+from fedtune.errors import DataError
+
+Row = dict[str, Any]
+COLUMNS = ("instruction", "input", "output", "category")
 
 HELDOUT = ("larger_animal", "negation", "orthography_starts_with", "translation_en-es")
 TUNING = ("antonyms", "second_word_letter", "translation_en-fr")
@@ -31,11 +36,11 @@ MOST_OF_A_TASK, MOST_HELD = 200, 40
 
 
 def task_files(train: Iterable[Row], test: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each file, by its name. Raises ValueError if a task is missing."""
+    """The rows of each file, by its name. Raises DataError if a task is missing."""
     learned, asked = _by_task(train), _by_task(test)
     missing = sorted({*HELDOUT, SENTIMENT} - set(asked) | {*TUNING, SENTIMENT} - set(learned))
     if missing:
-        raise ValueError(f"These tasks have no rows: {', '.join(missing)}. Give the files of instruction induction.")
+        raise DataError(f"These tasks have no rows: {', '.join(missing)}. Give the files of instruction induction.")
     sentiment = [_labelled(row) for row in learned[SENTIMENT]]
     others = sorted(set(learned) - {*HELDOUT, *TUNING, SENTIMENT})
     return {
@@ -60,9 +65,14 @@ def _labelled(row: Row) -> Row:
     return {**row, "category": row["output"]}
 
 
-def _rows(path: str) -> list[Row]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def read_task_rows(path: str) -> list[Row]:
+    """The rows of a file. Raises DataError, also for one that lacks a text."""
+    rows = [dict(row) for row in read_rows(path)]
+    for number, row in enumerate(rows, 1):
+        lacking = [name for name in COLUMNS if not isinstance(row.get(name), str)]
+        if lacking:
+            raise DataError(f"Row {number} of '{path}' has no text for {', '.join(lacking)}: rows have {', '.join(COLUMNS)}.")
+    return rows
 
 
 def main() -> None:
@@ -70,11 +80,17 @@ def main() -> None:
     if len(sys.argv) != 4:
         sys.exit("Give the training file, the test file and a folder: python -m simulations.tasks TRAIN.jsonl TEST.jsonl OUT")
     out = Path(sys.argv[3])
-    out.mkdir(parents=True, exist_ok=True)
-    for name, rows in task_files(_rows(sys.argv[1]), _rows(sys.argv[2])).items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{out / name}.jsonl: {len(rows):,} rows")
+    try:
+        files = task_files(read_task_rows(sys.argv[1]), read_task_rows(sys.argv[2]))
+        out.mkdir(parents=True, exist_ok=True)
+        for name, rows in files.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            print(f"{out / name}.jsonl: {len(rows):,} rows")
+    except DataError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"'{out}' cannot be written: {error.strerror or error}.")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from fedtune.wire import Instruction, Kind, Update
 
 BETAS = (0.9, 0.99)  # of adamw: a round has tens of steps, and begins afresh
 LEAST_SCALE = 1e-3  # a block's weights count as at least so large in the root mean square: biases begin at zero
-HELD = 64 << 20  # bytes of gradients that are projected at once
+HELD = 64 << 20  # bytes of gradients that are projected at once, side by side in threads
 TINY = 1e-30  # keeps a block without any gradient from dividing by zero
 
 
@@ -109,6 +109,11 @@ class Optimizer:
         return np.asarray(self._mean / (1 - BETAS[0] ** self._steps) / np.maximum(root, TINY))
 
 
+def held_bytes(device: torch.device) -> int:
+    """Bytes of gradients that are held to be projected together; 0 where there is nothing to share out."""
+    return HELD if device.type == "cpu" and torch.get_num_threads() > 1 else 0
+
+
 class Gradients:
     """The gradient of a loss in coordinates; that of the weights is projected and freed in the backward pass.
 
@@ -150,7 +155,7 @@ class Gradients:
             self._project()
         self._held[index] = gradient
         self._bytes += gradient.numel() * gradient.element_size()
-        if self._bytes >= HELD or torch.get_num_threads() == 1 or not gradient.is_cpu:
+        if self._bytes >= held_bytes(gradient.device):
             self._project()
 
     def _project(self) -> None:

@@ -82,6 +82,7 @@ class Family(ABC):
 
     takes_bits: ClassVar[bool] = False
     """Where float32 arrays are said, the bits of bfloat16 numbers will do too (uint16, all of a call): rounded to nearest."""
+
     thin: ClassVar[bool] = False
     """The direction of a matrix is a product of thin factors, which `factors` and `vector` give (see lowrank.py)."""
 

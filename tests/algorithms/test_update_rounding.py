@@ -31,7 +31,7 @@ def error_and_length(found: Tensor, goal: Tensor) -> tuple[float, float]:
     ("dtype", "rule", "error", "short"),
     [
         ("bfloat16", "nearest", 0.4, 0.1),
-        ("bfloat16", "stochastic", 0.6, 0.012),
+        ("bfloat16", "stochastic", 0.6, 0.005),
         ("bfloat16", "master", 1e-4, 1e-5),
         ("float16", "nearest", 0.12, 0.02),
         ("float16", "stochastic", 0.18, 0.002),
@@ -40,23 +40,28 @@ def error_and_length(found: Tensor, goal: Tensor) -> tuple[float, float]:
 )
 def test_fedkseed_steps(dtype: str, rule: str, error: float, short: float) -> None:
     """Measured: error 0.26, 0.48, 2e-5 (bfloat16), 0.08, 0.12, 2e-5 (float16); short by 4 %, 0.1 %, 0 and 0.5 %, 0, 0.
-    The second is the mean over 12 keys, between which it varies by 0.3 %.
 
-    `nearest` has the smaller error and is short of the goal; `stochastic` has more noise and no bias.
+    `nearest` has the smaller error and is short of the goal; `stochastic` has more noise and no bias: its figures are means
+    over random streams, between which the way in bfloat16 varies by 0.3 %.
     """
+    found = [_fedkseed(dtype, rule, key) for key in range(4 if rule == "stochastic" else 1)]
+    errors, ways = zip(*found, strict=True)
+    assert max(errors) < error
+    assert abs(sum(ways) / len(ways) - 1.0) < short
+
+
+def _fedkseed(dtype: str, rule: str, key: int) -> tuple[float, float]:
     replica, algorithm = tiny_replica(getattr(torch, dtype)), ALGORITHMS["fedkseed"]
     state = algorithm.start(FEDKSEED, replica.layout)
     base = live(replica)
-    replica.perturbation.live.begin(rule, 5)
+    replica.perturbation.live.begin(rule, key)
     update = algorithm.local_update(
         local_work(replica, state.pool, batches(2)), FEDKSEED, instruction(replica.layout, state.pool)
     )
     goal = [torch.zeros(entry.shape) for entry in replica.layout.entries]
     moved = algorithm.aggregate(state, {"0": update}, FEDKSEED, replica.layout).published(24)
     replica.directions(moved.pools[0].pool).combine(goal, goal, moved.pools[0].values)
-    found, along = error_and_length(live(replica) - base, flat(goal).double())
-    assert found < error
-    assert abs(along - 1.0) < short
+    return error_and_length(live(replica) - base, flat(goal).double())
 
 
 @pytest.mark.parametrize(

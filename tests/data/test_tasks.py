@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from simulations.tasks import HELDOUT, MOST_HELD, MOST_OF_A_TASK, SENTIMENT, SENTIMENT_ROWS, TUNING, Row, task_files
+from fedtune.errors import DataError
+from simulations.tasks import HELDOUT, MOST_HELD, MOST_OF_A_TASK, SENTIMENT, SENTIMENT_ROWS, TUNING, Row, main, task_files
 
 TASKS = (*HELDOUT, *TUNING, SENTIMENT, "sum", "rhymes")
 
@@ -42,5 +44,21 @@ def test_the_order_of_the_rows_does_not_matter() -> None:
 
 def test_a_missing_task_is_named() -> None:
     few = [row for row in rows("train", 5) if row["category"] != TUNING[0]]
-    with pytest.raises(ValueError, match=TUNING[0]):
+    with pytest.raises(DataError, match=TUNING[0]):
         task_files(few, rows("test", 5))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(None, "There is no data file"), ('{"a": 1}\n', "Row 1 of .* has no text for instruction"), ("{\n", "line 1")],
+)
+def test_files_that_cannot_be_used_are_a_sentence(
+    text: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr("sys.argv", ["tasks", str(path), str(path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=said):
+        main()
+    assert not (tmp_path / "out").exists()
